@@ -1,0 +1,71 @@
+"""Exact attention over a sequence that is split across a ring of processes or devices."""
+
+from ringcore.api import ring_attention, ring_attention_vjp
+from ringcore.errors import (
+    AgreementError,
+    DeviceError,
+    DtypeError,
+    FileError,
+    KeywordError,
+    LayoutError,
+    MissingDependency,
+    PeerError,
+    RingcoreError,
+    RingTimeout,
+    ShapeError,
+    TransportError,
+    UnsupportedError,
+)
+from ringcore.layout import Layout, contiguous, from_lengths, resolve_layout, striped, zigzag
+from ringcore.merge import empty_partial, merge
+from ringcore.partial import Partial, accumulation_dtype, dtype_name
+from ringcore.partition import shard, unshard
+from ringcore.protocols import Kernels, OneSided, Pending, Transport
+from ringcore.values import Band, Blocks, Capabilities, Gradients, Move, Plan, Score, Spec, Step, Tile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AgreementError",
+    "Band",
+    "Blocks",
+    "Capabilities",
+    "DeviceError",
+    "DtypeError",
+    "FileError",
+    "Gradients",
+    "Kernels",
+    "KeywordError",
+    "Layout",
+    "LayoutError",
+    "MissingDependency",
+    "Move",
+    "OneSided",
+    "Partial",
+    "PeerError",
+    "Pending",
+    "Plan",
+    "RingTimeout",
+    "RingcoreError",
+    "Score",
+    "ShapeError",
+    "Spec",
+    "Step",
+    "Tile",
+    "Transport",
+    "TransportError",
+    "UnsupportedError",
+    "accumulation_dtype",
+    "contiguous",
+    "dtype_name",
+    "empty_partial",
+    "from_lengths",
+    "merge",
+    "resolve_layout",
+    "ring_attention",
+    "ring_attention_vjp",
+    "shard",
+    "striped",
+    "unshard",
+    "zigzag",
+]

@@ -1,0 +1,258 @@
+"""The public functions: exact attention over a ring, forward and with its pullback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import array_api_compat
+
+from ringcore.agreement import Note, agree, note_of
+from ringcore.arguments import Arguments, check_arguments, swap_axes
+from ringcore.discovery import choose_kernels, find_transport, library
+from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
+from ringcore.layout import Layout
+from ringcore.partial import Partial, accumulation_dtype, dtype_name
+from ringcore.protocols import Kernels
+from ringcore.ring import BackwardWork, ForwardWork
+from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
+from ringcore.values import Array
+
+_GRADIENTS = ("q", "k", "v", "bias")
+
+
+class Pullback(Protocol):
+    """Gradients for those of a call's results: ``pullback(dout, dlse=None)``, in the order of ``wrt``."""
+
+    def __call__(self, dout: Array, dlse: Array | None = None) -> tuple[Array, ...]:
+        """The gradients for dout (out's shape and dtype) and dlse [B, H, S]."""
+        ...
+
+
+def ring_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    ring: Any = None,
+    ring_size: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    query_offset: int | Sequence[int] = 0,
+    key_lengths: Sequence[int] | None = None,
+    layout: str | Layout = "contiguous",
+    axes: str = "bhsd",
+    return_lse: bool = False,
+    kernels: Kernels | str | None = None,
+) -> Any:
+    """Exact softmax attention over a sequence that is split across a ring.
+
+    Without ``ring`` the arrays are whole and the ring of ``ring_size`` (default 1) runs in this process. With
+    ``ring`` (a communicator or a transport) they are this rank's shards, and every rank makes the same call.
+
+    Shapes: ``q`` [B, H, S, D], ``k`` [B, Hk, T, D], ``v`` [B, Hk, T, E], H a multiple of Hk (query head h reads
+    key head h // (H // Hk)); with ``axes="bshd"`` the sequence comes before the heads. The result ``out``
+    [B, H, S, E] has q's axes, dtype, library and device; with ``return_lse`` it is ``(out, lse)``, lse [B, H, S].
+    Dtypes: float16, bfloat16, float32 or float64, one for all three. Sums and lse are kept in float32, or in
+    float64 for float64.
+    Units: lse is the natural log of the sum of exp(score) over visible keys. A query that sees no key gives
+    out 0 and lse -inf.
+
+    Keywords:
+        causal: a query sees the keys at its own position and before.
+        window: (left, right), how far a query sees to either side; None is unbounded, 0 is itself only. With
+            ``causal`` a number w is (w - 1, 0).
+        scale: what q.k is multiplied by; 1 / sqrt(D) if None.
+        softcap: scores become softcap * tanh(score / softcap), before bias and mask.
+        bias: added to the scores; broadcasts to [B, H, S, N], N all keys in global order. -inf hides a key.
+        mask: bool, True = may attend; broadcasts likewise. With ``ring``, bias and mask hold this rank's rows.
+        query_offset: the position of q's first row, one for all or one per batch entry.
+        key_lengths: for each batch entry how many keys exist; those from there on are hidden.
+        layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions.
+        kernels: who computes, by name or object; None takes the best that is installed and able.
+
+    Raises the errors of `ringcore.errors`, on every rank of a ring, before any tensor data is sent.
+    Source: Liu, Zaharia and Abbeel 2023, arXiv:2310.01889, with the merge of `ringcore.merge`.
+    """
+    _, session, works, finish = _prepare(
+        "ring_attention", ring, ring_size, kernels, frozenset(), None,
+        q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
+        query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes,
+    )  # fmt: skip
+    session.run(works)
+    out, lse, _ = finish(return_lse)
+    return (out, lse) if return_lse else out
+
+
+def ring_attention_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    wrt: Sequence[str] = ("q", "k", "v"),
+    ring: Any = None,
+    ring_size: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    query_offset: int | Sequence[int] = 0,
+    key_lengths: Sequence[int] | None = None,
+    layout: str | Layout = "contiguous",
+    axes: str = "bhsd",
+    kernels: Kernels | str | None = None,
+) -> tuple[tuple[Array, Array], Pullback]:
+    """Attention as `ring_attention`, with the function that turns gradients of its results into those of its inputs.
+
+    Returns ``((out, lse), pullback)``; ``pullback(dout, dlse=None)`` gives one gradient for each name in ``wrt``
+    (out of "q", "k", "v", "bias"), in that order, each in its input's shape and dtype. dout has out's shape and
+    dtype, dlse is [B, H, S] and stands for zeros if None. The pullback keeps references to q, k, v, bias, mask and
+    out: do not change them before it runs. On a ring every rank calls it, once or more.
+
+    The gradient of a bias with one row is, on a ring of processes, this rank's share: add the ranks' shares.
+    """
+    wanted = _check_wrt(wrt, bias)
+    arguments, session, works, finish = _prepare(
+        "ring_attention_vjp", ring, ring_size, kernels, frozenset({"gradient"}), sorted(wanted),
+        q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
+        query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes,
+    )  # fmt: skip
+    session.run(works)
+    out, lse, statistics = finish(True)
+
+    def pullback(dout: Array, dlse: Array | None = None) -> tuple[Array, ...]:
+        session.check(lambda: _check_output_gradients(dout, dlse, out, lse), "pullback")
+        return _pull_back(arguments, session, works, statistics, out, dout, dlse, tuple(wrt))
+
+    return (out, lse), pullback
+
+
+Statistics = list[tuple[Array, Array]]
+
+
+def _prepare(
+    call: str, ring: Any, ring_size: int | None, kernels: Kernels | str | None, needs: frozenset[str],
+    wrt: list[str] | None, q: Array, k: Array, v: Array, **keywords: Any,
+) -> tuple[Arguments, Session, list[ForwardWork], Callable[[bool], tuple[Array, Array, Statistics]]]:  # fmt: skip
+    """The checked arguments, where the call runs, its work, and how its results are made once it ran."""
+    if ring is not None and ring_size is not None:
+        raise KeywordError(
+            "ring and ring_size came together: ring= splits over processes, ring_size= in this one. Give one."
+        )
+    transport = None if ring is None else find_transport(ring)
+
+    def check() -> tuple[tuple[Arguments, Kernels], Note]:
+        arguments = check_arguments(q, k, v, **keywords)
+        terms = {"bias": arguments.bias, "mask": arguments.mask, "softcap": arguments.score.softcap}
+        needed = needs | {name for name, term in terms.items() if term is not None}
+        sharers = 1 if transport is None else transport.sharers
+        chosen, _ = choose_kernels(kernels, arguments.q, arguments.v, needed, sharers)
+        return (arguments, chosen), note_of(call, arguments, wrt=wrt)
+
+    session: Session
+    if transport is None:
+        size = _check_ring_size(ring_size)
+        (arguments, chosen), _ = check()
+        session = LocalSession(arguments, size)
+    else:
+        (arguments, chosen), agreed = agree(transport, check)
+        session = ProcessSession(transport, arguments, agreed)
+    deal = session.deal
+    qs, ks, vs = (
+        session.split(x, layout)
+        for x, layout in ((arguments.q, deal.q_layout), (arguments.k, deal.k_layout), (arguments.v, deal.k_layout))
+    )
+    biases, masks = (split_term(session, term, len(qs)) for term in (arguments.bias, arguments.mask))
+    works = [
+        ForwardWork(*parts, score=arguments.score, kernels=chosen, lengths=deal.k_layout.lengths)
+        for parts in zip(qs, ks, vs, biases, masks, strict=True)
+    ]
+
+    def finish(with_lse: bool) -> tuple[Array, Array, Statistics]:
+        partials = [work.take_result() for work in works]
+        lse = session.join([partial.lse for partial in partials], deal.q_layout) if with_lse else None
+        statistics = [(partial.maximum, partial.total) for partial in partials]
+        out = session.join([_normalised(partial, arguments.q) for partial in partials], deal.q_layout)
+        return swap_axes(out, arguments.axes), lse, statistics
+
+    return arguments, session, works, finish
+
+
+def _pull_back(
+    arguments: Arguments, session: Session, works: Sequence[ForwardWork], statistics: Statistics,
+    out: Array, dout: Array, dlse: Array | None, wrt: tuple[str, ...],
+) -> tuple[Array, ...]:  # fmt: skip
+    xp = array_api_compat.array_namespace(out)
+    deal, axes, wide = session.deal, arguments.axes, accumulation_dtype(arguments.q)
+    outs, douts = (session.split(swap_axes(x, axes), deal.q_layout) for x in (out, dout))
+    dlses = [None] * len(works) if dlse is None else session.split(dlse, deal.q_layout)
+    backward = []
+    for work, out_part, dout_part, dlse_part, (maximum, total) in zip(
+        works, outs, douts, dlses, statistics, strict=True
+    ):
+        delta = xp.sum(xp.astype(out_part, wide) * xp.astype(dout_part, wide), axis=-1)
+        delta = delta if dlse_part is None else delta - xp.astype(dlse_part, wide)
+        backward.append(BackwardWork(dout_part, work, maximum, total, delta, frozenset(wrt)))
+    carried = session.run(backward)
+    gradients: dict[str, Array] = {}
+    for place, home in enumerate(name for name in ("k", "v") if name in wrt):
+        parts = [blocks[place] for blocks in carried if blocks is not None]
+        gradients[home] = session.join(parts, deal.k_layout)
+    if "q" in wrt:
+        gradients["q"] = session.join([work.dq for work in backward], deal.q_layout)
+    for name, like in (("q", arguments.q), ("k", arguments.k), ("v", arguments.v)):
+        if name in wrt:
+            gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)
+    if "bias" in wrt and arguments.bias is not None:
+        whole = join_term(session, [work.dbias for work in backward], arguments.bias)
+        gradients["bias"] = xp.reshape(xp.astype(whole, arguments.bias.dtype, copy=False), arguments.bias_shape)
+    return tuple(gradients[name] for name in wrt)
+
+
+def _normalised(partial: Partial, like: Array) -> Array:
+    """The partial's out in like's dtype; the buffers of ``partial.weighted`` are used up."""
+    xp = array_api_compat.array_namespace(partial.weighted)
+    out = xp.astype(partial.weighted, partial.total.dtype, copy=False)
+    out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
+    return xp.astype(out, like.dtype, copy=False)
+
+
+def _check_ring_size(ring_size: int | None) -> int:
+    if ring_size is None:
+        return 1
+    if isinstance(ring_size, bool) or not isinstance(ring_size, int) or ring_size < 1:
+        raise KeywordError(f"ring_size is {ring_size!r}; it must be a whole number of ranks, 1 or more.")
+    return ring_size
+
+
+def _check_wrt(wrt: Sequence[str], bias: Array | None) -> set[str]:
+    names = list(wrt) if not isinstance(wrt, str) else [wrt]
+    if isinstance(wrt, str) or not names or len(set(names)) != len(names) or not set(names) <= set(_GRADIENTS):
+        raise KeywordError(f"wrt is {wrt!r}; it must hold some of {', '.join(_GRADIENTS)}, each once, in a tuple.")
+    if "bias" in names and bias is None:
+        raise KeywordError('wrt holds "bias", but there is no bias. Give bias= or leave it out of wrt.')
+    return set(names)
+
+
+def _check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Array) -> None:
+    for name, gradient, result in (("dout", dout, out), ("dlse", dlse, lse)):
+        if name == "dlse" and gradient is None:
+            continue
+        if gradient is None or not array_api_compat.is_array_api_obj(gradient) or library(gradient) != library(result):
+            raise DeviceError(
+                f"{name} is a {type(gradient).__name__}; it must be an array of {library(result)}, like q."
+            )
+        if str(array_api_compat.device(gradient)) != str(array_api_compat.device(result)):
+            raise DeviceError(f"{name} is on another device than q. Move it first.")
+        if tuple(gradient.shape) != tuple(result.shape):
+            raise ShapeError(
+                f"{name} has shape {tuple(gradient.shape)}; it must be that of its result, {tuple(result.shape)}."
+            )
+        if dtype_name(gradient) != dtype_name(result):
+            raise DtypeError(f"{name} holds {dtype_name(gradient)}; it must be its result's {dtype_name(result)}.")

@@ -1,0 +1,253 @@
+"""What a call was given, checked and put into the one form that the rest of ringcore reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+
+from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, UnsupportedError
+from ringcore.layout import Layout, check_layout_name
+from ringcore.partial import FLOATING, dtype_name
+from ringcore.values import Array, Score
+
+AXES = ("bhsd", "bshd")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One rank's arguments: arrays as [B, H, S, D], bias and mask with four axes, keywords in full.
+
+    bias_shape is as it came. offsets has one entry per batch entry; key_lengths too, or is None for "all keys".
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    bias: Array | None
+    bias_shape: tuple[int, ...]
+    mask: Array | None
+    score: Score
+    causal: bool
+    window: tuple[int | None, int | None]
+    offsets: tuple[int, ...]
+    key_lengths: tuple[int, ...] | None
+    layout: str | Layout
+    axes: str
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype of q, k and v."""
+        return dtype_name(self.q)
+
+
+def check_arguments(
+    q: Array, k: Array, v: Array, *, causal: bool, window: Any, scale: float | None, softcap: float | None,
+    bias: Array | None, mask: Array | None, query_offset: Any, key_lengths: Any, layout: str | Layout, axes: str,
+) -> Arguments:  # fmt: skip
+    """The arguments in full, or the first error among them. Lengths across ranks are checked later."""
+    if axes not in AXES:
+        raise KeywordError(f'axes is {axes!r}; it must be "bhsd" (batch, heads, sequence, width) or "bshd".')
+    _check_arrays({"q": q, "k": k, "v": v, "bias": bias, "mask": mask})
+    q, k, v = (swap_axes(x, axes) for x in (q, k, v))
+    _check_shapes(q, k, v, axes)
+    check_layout_name(layout)
+    batch, width = q.shape[0], q.shape[3]
+    if not isinstance(causal, bool) and type(causal).__name__ not in ("bool", "bool_"):
+        raise KeywordError(f"causal is {causal!r}; it must be True or False.")
+    return Arguments(
+        q, k, v,
+        bias=None if bias is None else _four_axes("bias", bias, q),
+        bias_shape=() if bias is None else tuple(bias.shape),
+        mask=None if mask is None else _four_axes("mask", mask, q),
+        score=Score(_scale(scale, width), _softcap(softcap)),
+        causal=bool(causal),
+        window=check_window(window, bool(causal)),
+        offsets=tuple(_integers("query_offset", query_offset, batch)),
+        key_lengths=None if key_lengths is None else _key_lengths(key_lengths, batch),
+        layout=layout,
+        axes=axes,
+    )  # fmt: skip
+
+
+def swap_axes(x: Array, axes: str) -> Array:
+    """[B, S, H, D] as [B, H, S, D] and back, if ``axes`` says so; a view where the library has views."""
+    xp = array_api_compat.array_namespace(x)
+    return x if axes == "bhsd" else xp.permute_dims(x, (0, 2, 1, 3))
+
+
+def check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:
+    """``window`` as (left, right); an int w counts the positions that a causal query sees, itself included."""
+    if window is None:
+        return None, None
+    if _is_integer(window):
+        if not causal:
+            raise KeywordError(
+                f"window is the single number {window}, which is defined for causal=True only. "
+                "Give (left, right) for a window on both sides."
+            )
+        if window < 1:
+            raise KeywordError(f"window is {window}, but a query sees at least itself: give 1 or more.")
+        return int(window) - 1, 0
+    if not isinstance(window, Sequence) or isinstance(window, str) or len(window) != 2:
+        raise KeywordError(f"window is {window!r}; it must be (left, right), None, or with causal=True a number.")
+    for side in window:
+        if side is not None and (not _is_integer(side) or side < 0):
+            raise KeywordError(
+                f"window is {window!r}; each side must be None (unbounded) or an integer from 0 (itself only) on."
+            )
+    left, right = (None if side is None else int(side) for side in window)
+    return left, right
+
+
+def _check_arrays(arrays: dict[str, Any]) -> None:
+    given = {name: x for name, x in arrays.items() if x is not None}
+    libraries = {}
+    for name, x in given.items():
+        if not array_api_compat.is_array_api_obj(x):
+            raise DtypeError(
+                f"{name} is a {type(x).__name__}; it must be an array of NumPy, CuPy, Torch, JAX or the like."
+            )
+        libraries[name] = array_api_compat.array_namespace(x).__name__.removeprefix("array_api_compat.")
+    if len(set(libraries.values())) > 1:
+        raise DeviceError(
+            f"the arrays belong to different libraries ({_listed(libraries)}). Convert them to one first, "
+            "for example with that library's from_dlpack."
+        )
+    devices = {name: str(array_api_compat.device(x)) for name, x in given.items()}
+    if len(set(devices.values())) > 1:
+        raise DeviceError(f"the arrays are on different devices ({_listed(devices)}). Move them to one first.")
+    dtypes = {name: dtype_name(given[name]) for name in ("q", "k", "v")}
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATING:
+            raise DtypeError(f"{name} holds {dtype}; attention is defined for {', '.join(FLOATING)}. Convert it first.")
+    if len(set(dtypes.values())) > 1:
+        raise DtypeError(f"q, k and v must share one dtype, but hold {_listed(dtypes)}.")
+    if "mask" in given and dtype_name(mask := given["mask"]) != "bool":
+        raise DtypeError(
+            f"mask holds {dtype_name(mask)}; it must be bool, True = may attend. For added scores use bias."
+        )
+    if "bias" in given and dtype_name(bias := given["bias"]) not in FLOATING:
+        raise DtypeError(
+            f"bias holds {dtype_name(bias)}; it is added to the scores and must be one of {', '.join(FLOATING)}."
+        )
+    for name, x in given.items():
+        if getattr(x, "requires_grad", False) is True:
+            raise UnsupportedError(
+                f"{name} requires grad, but Torch's autograd does not see through the ring. Call "
+                "ringcore.ring_attention_vjp with detached tensors and use the pullback that it returns."
+            )
+
+
+def _check_shapes(q: Array, k: Array, v: Array, axes: str) -> None:
+    letters = "[B, H, S, D]" if axes == "bhsd" else "[B, S, H, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ShapeError(f"{name} has {x.ndim} axes, shape {tuple(x.shape)}; it must have four, {letters}.")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [B, H, S, D]"
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ShapeError(f"q, k and v must share the batch size, but came as {shapes}.")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise ShapeError(f"k and v must share heads and length, but came as {shapes}.")
+    if q.shape[3] != k.shape[3]:
+        raise ShapeError(f"q and k must share the width D, but came as {shapes}.")
+    if q.shape[3] < 1 or v.shape[3] < 1 or k.shape[1] < 1:
+        raise ShapeError(f"widths and heads must be at least 1, but came as {shapes}.")
+    if q.shape[1] % k.shape[1] or q.shape[1] < 1:
+        raise ShapeError(
+            f"q has {q.shape[1]} heads, which the {k.shape[1]} heads of k and v do not divide. "
+            "Grouped heads need a whole number of query heads for each key head."
+        )
+
+
+def _four_axes(name: str, term: Array, q: Array) -> Array:
+    if not 2 <= term.ndim <= 4:
+        raise ShapeError(f"{name} has {term.ndim} axes, shape {tuple(term.shape)}; it must broadcast to [B, H, S, N].")
+    xp = array_api_compat.array_namespace(term)
+    term = xp.reshape(term, (1,) * (4 - term.ndim) + tuple(term.shape)) if term.ndim < 4 else term
+    for axis, letter in enumerate("BHS"):
+        if term.shape[axis] not in (1, q.shape[axis]):
+            raise ShapeError(
+                f"{name} has shape {tuple(term.shape)}; its axis {letter} must be 1 or q's {q.shape[axis]}. With ring= it "
+                "holds this rank's rows and all columns in global order."
+            )
+    return term
+
+
+def check_columns(arguments: Arguments, keys: int) -> None:
+    """Raise unless bias, mask and key_lengths fit the global number of keys."""
+    for name, term in (("bias", arguments.bias), ("mask", arguments.mask)):
+        if term is not None and term.shape[3] not in (1, keys):
+            raise ShapeError(
+                f"{name} has {term.shape[3]} columns, but there are {keys} keys over all ranks. "
+                "It must hold 1 column or all of them, in global order."
+            )
+    for entry, length in enumerate(arguments.key_lengths or ()):
+        if length > keys:
+            raise KeywordError(f"key_lengths is {length} for batch entry {entry}, but there are only {keys} keys.")
+
+
+def _scale(scale: Any, width: int) -> float:
+    if scale is None:
+        return float(1 / math.sqrt(width))
+    return _finite("scale", scale)
+
+
+def _softcap(softcap: Any) -> float | None:
+    if softcap is None:
+        return None
+    if (value := _finite("softcap", softcap)) <= 0:
+        raise KeywordError(f"softcap is {softcap!r}; it must be larger than 0, or None for no cap.")
+    return value
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as exc:
+        raise KeywordError(f"{name} is {value!r}; it must be a number.") from exc
+    if not math.isfinite(number):
+        raise KeywordError(f"{name} is {number}; it must be finite.")
+    return number
+
+
+def _key_lengths(key_lengths: Any, batch: int) -> tuple[int, ...]:
+    lengths = tuple(_integers("key_lengths", key_lengths, batch))
+    if min(lengths, default=0) < 0:
+        raise KeywordError(f"key_lengths is {list(lengths)}; a number of keys cannot be negative.")
+    return lengths
+
+
+def _integers(name: str, value: Any, batch: int) -> list[int]:
+    """One host integer per batch entry, from one number or a sequence."""
+    if _is_integer(value):
+        if name == "key_lengths":
+            raise KeywordError(
+                f"key_lengths is the number {value}; give one number for each of the {batch} batch entries."
+            )
+        return [int(value)] * batch
+    try:
+        entries = [value[i] for i in range(len(value))]
+        if not all(_is_integer(entry) for entry in entries):
+            raise TypeError
+    except (TypeError, IndexError) as exc:
+        raise KeywordError(f"{name} is {value!r}; it must hold integers, one for each batch entry.") from exc
+    if len(entries) != batch:
+        raise KeywordError(f"{name} has {len(entries)} entries, but the batch has {batch}.")
+    return [int(entry) for entry in entries]
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return True
+    dtype = str(getattr(value, "dtype", "")).rpartition(".")[2]
+    return getattr(value, "shape", None) == () and dtype.startswith(("int", "uint"))
+
+
+def _listed(named: dict[str, str]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in named.items())

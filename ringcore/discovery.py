@@ -1,0 +1,120 @@
+"""Finding adapters by entry point: kernels for an array library, a transport for a ring object."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import array_api_compat
+
+from ringcore.errors import KeywordError, MissingDependency, UnsupportedError
+from ringcore.partial import dtype_name
+from ringcore.protocols import Kernels, Transport
+from ringcore.tile import ReferenceKernels
+from ringcore.values import Array
+
+
+def choose_kernels(
+    asked: Kernels | str | None, q: Array, v: Array, needs: frozenset[str], sharers: int = 1
+) -> tuple[Kernels, list[str]]:
+    """The kernels for arrays like q and v that can do all of ``needs``, and why each one before them was passed over.
+
+    asked: kernels, their name, or None for the best that can.
+    needs: out of bias, mask, softcap, gradient. sharers: how many processes share this machine's cores.
+    Raises UnsupportedError if the asked ones cannot, KeywordError if there are none of that name.
+    """
+    if asked is not None:
+        kernels = _named(asked, sharers) if isinstance(asked, str) else asked
+        if not isinstance(kernels, Kernels):
+            raise KeywordError(f"kernels is {asked!r}; it must be a name or have capabilities, forward and backward.")
+        if lack := _lack(kernels, q, v, needs):
+            raise UnsupportedError(f"the kernels {kernels.capabilities.name!r} cannot do this call: {lack}.")
+        return kernels, []
+    passed = []
+    for name in sorted(_points("ringcore.kernels")):
+        if name.partition(".")[0] != library(q):
+            continue
+        try:
+            kernels = _loaded(name, sharers)
+        except MissingDependency as error:
+            passed.append(f"{name}: {error}")
+            continue
+        lack = _lack(kernels, q, v, needs)
+        if not lack:
+            return kernels, passed
+        passed.append(f"{name}: {lack}")
+    return ReferenceKernels(), passed
+
+
+def find_transport(ring: Any) -> Transport:
+    """The transport for what the user gave as ``ring``: itself, or an adapter's for a communicator.
+
+    Raises KeywordError if nothing knows this kind of object.
+    """
+    if isinstance(ring, Transport):
+        return ring
+    points = _points("ringcore.transports")
+    module = type(ring).__module__.partition(".")[0]
+    if module not in points:
+        raise KeywordError(
+            f"ring is a {type(ring).__module__}.{type(ring).__qualname__}; it must be a transport or a communicator "
+            f"of {', '.join(sorted(points)) or 'an installed adapter (there is none)'}."
+        )
+    transport: Transport = _load(points[module])(ring)
+    return transport
+
+
+def library(x: Array) -> str:
+    """The bare name of the library of x: "numpy", "torch", "cupy", ..."""
+    name: str = array_api_compat.array_namespace(x).__name__
+    return name.removeprefix("array_api_compat.").partition(".")[0]
+
+
+def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | None:
+    """What the kernels lack for this call, in words."""
+    can = kernels.capabilities
+    if can.libraries and library(q) not in can.libraries:
+        return f"they take arrays of {', '.join(sorted(can.libraries))}, not of {library(q)}"
+    if dtype_name(q) not in can.dtypes:
+        return f"they take {', '.join(sorted(can.dtypes))}, not {dtype_name(q)}"
+    if can.largest_head is not None and max(q.shape[3], v.shape[3]) > can.largest_head:
+        return f"their widest head is {can.largest_head}, but this call has {max(q.shape[3], v.shape[3])}"
+    for need in sorted(needs):
+        if not getattr(can, need):
+            return f"they have no {need}"
+    return None
+
+
+def _named(name: str, sharers: int) -> Kernels:
+    if name == "reference":
+        return ReferenceKernels()
+    if name not in _points("ringcore.kernels"):
+        known = ", ".join(["reference", *sorted(_points("ringcore.kernels"))])
+        raise KeywordError(f"kernels is {name!r}; the installed ones are {known}.")
+    return _loaded(name, sharers)
+
+
+@lru_cache(maxsize=16)
+def _loaded(name: str, sharers: int) -> Kernels:
+    kernels: Kernels = _load(_points("ringcore.kernels")[name])(sharers=sharers)
+    return kernels
+
+
+@lru_cache(maxsize=2)
+def _points(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _load(point: EntryPoint) -> Any:
+    """The entry point's object; a library that it needs and lacks becomes our error with a hint."""
+    package = point.module.partition(".")[0]
+    extra = package.removeprefix("ringcore_")
+    try:
+        return point.load()
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] in ("ringcore", package):
+            raise
+        raise MissingDependency(
+            f'{package} needs {exc.name}, which is not installed: pip install "ringcore[{extra}]".'
+        ) from exc

@@ -1,0 +1,80 @@
+"""The driver of rings of processes: one rank's loop over a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ringcore.protocols import OneSided, Pending, Transport
+from ringcore.ring import Loop
+from ringcore.values import Begin, Blocks, Move, Spec
+
+
+def run_rank(loop: Loop, transport: Transport) -> Blocks | None:
+    """Run one rank's loop to its end, and return its result.
+
+    If it fails here, every peer is told before the error goes on.
+    """
+    reply: Any = None
+    try:
+        while True:
+            request = loop.send(reply)
+            if isinstance(request, Begin):
+                reply = transport.exchange(request.kind, request.sends, request.receives)
+            else:
+                reply = request.token.wait()
+    except StopIteration as stop:
+        result: Blocks | None = stop.value
+        return result
+    except BaseException as error:
+        transport.abort(error)
+        raise
+
+
+class InPlace:
+    """A transport that reads published visiting blocks where they lie, and sends the rest as messages."""
+
+    def __init__(self, transport: OneSided) -> None:
+        self.transport = transport
+        self.rank, self.size, self.node, self.sharers = (
+            transport.rank,
+            transport.size,
+            transport.node,
+            transport.sharers,
+        )
+
+    def gather(self, note: bytes) -> tuple[bytes, ...]:
+        """Every rank's note."""
+        return self.transport.gather(note)
+
+    def abort(self, error: BaseException) -> None:
+        """Tell every peer."""
+        self.transport.abort(error)
+
+    def exchange(
+        self,
+        kind: str,
+        sends: Sequence[tuple[Move, Blocks]],
+        receives: Sequence[tuple[Move, Sequence[Spec]]],
+    ) -> Pending:
+        """Fetch what can be read in place; exchange the rest."""
+        if kind != "visiting":
+            return self.transport.exchange(kind, sends, receives)
+        reaches = self.transport.reaches
+        fetched = {
+            move: self.transport.fetch(move.block, move.rows) for move, _ in receives if reaches(self.rank, move.block)
+        }
+        messages = self.transport.exchange(
+            kind,
+            [(move, blocks) for move, blocks in sends if not reaches(move.peer, move.block)],
+            [(move, specs) for move, specs in receives if move not in fetched],
+        )
+        return _Both(fetched, messages)
+
+
+class _Both:
+    def __init__(self, fetched: Mapping[Move, Blocks], messages: Pending) -> None:
+        self.fetched, self.messages = fetched, messages
+
+    def wait(self) -> Mapping[Move, Blocks]:
+        return {**self.fetched, **self.messages.wait()}

@@ -1,0 +1,86 @@
+"""The merge of partial results: the algebra that everything else stands on."""
+
+from __future__ import annotations
+
+import math
+
+import array_api_compat
+
+from ringcore.errors import ShapeError
+from ringcore.partial import Partial, accumulation_dtype
+from ringcore.values import Array
+
+
+def merge(first: Partial, second: Partial) -> Partial:
+    """Combine attention over two disjoint sets of keys.
+
+    Shapes: ``weighted`` [B, H, S, E], ``maximum`` and ``total`` [B, H, S], equal in both.
+    Dtypes: real floating; the result has the wider accumulation dtype.
+    Units: ``maximum`` is a score (natural-log scale); -inf means that no key was seen.
+    Law: commutative, associative up to rounding; an empty partial changes nothing, bit for bit.
+
+    Raises ShapeError if the shapes differ.
+    Source: Milakov and Gimelshein 2018, arXiv:1805.02867, section 3.
+    """
+    for name in ("weighted", "maximum", "total"):
+        came, due = getattr(second, name).shape, getattr(first, name).shape
+        if tuple(came) != tuple(due):
+            raise ShapeError(
+                f"{name} has shape {tuple(due)} in the first partial and {tuple(came)} in the second. "
+                "Merge partials of the same queries."
+            )
+    xp = array_api_compat.array_namespace(first.weighted, second.weighted)
+    wide = _wider(xp, first.maximum.dtype, second.maximum.dtype)
+    first, second = _canonical(xp, first, wide), _canonical(xp, second, wide)
+    maximum = xp.maximum(first.maximum, second.maximum)
+    # Where neither saw a key, -inf - -inf would be NaN.
+    reference = xp.where(maximum == -math.inf, 0.0, maximum)
+    first_factor = xp.exp(first.maximum - reference)
+    second_factor = xp.exp(second.maximum - reference)
+
+    def select(
+        first_value: Array, second_value: Array, combined: Array, first_seen: Array, second_seen: Array
+    ) -> Array:
+        return xp.where(second_seen, xp.where(first_seen, combined, second_value), first_value)
+
+    seen = first.seen, second.seen
+    return Partial(
+        select(
+            first.weighted,
+            second.weighted,
+            first.weighted * first_factor[..., None] + second.weighted * second_factor[..., None],
+            seen[0][..., None],
+            seen[1][..., None],
+        ),
+        maximum,
+        select(first.total, second.total, first.total * first_factor + second.total * second_factor, *seen),
+    )
+
+
+def empty_partial(q: Array, value_dim: int) -> Partial:
+    """The partial of queries ``q`` [B, H, S, D] that have seen no key: the identity of `merge`.
+
+    ``weighted`` is [B, H, S, value_dim]; the dtype is q's accumulation dtype, the device q's.
+    """
+    xp = array_api_compat.array_namespace(q)
+    dtype, device = accumulation_dtype(q), array_api_compat.device(q)
+    rows = tuple(q.shape[:-1])
+    return Partial(
+        xp.zeros((*rows, value_dim), dtype=dtype, device=device),
+        xp.full(rows, -math.inf, dtype=dtype, device=device),
+        xp.zeros(rows, dtype=dtype, device=device),
+    )
+
+
+def _canonical(xp: Array, partial: Partial, dtype: Array) -> Partial:
+    """The partial in ``dtype`` with (0, -inf, 0) in rows that saw nothing, whatever they held."""
+    seen = partial.seen
+    return Partial(
+        xp.where(seen[..., None], xp.astype(partial.weighted, dtype), 0.0),
+        xp.where(seen, xp.astype(partial.maximum, dtype), -math.inf),
+        xp.where(seen, xp.astype(partial.total, dtype), 0.0),
+    )
+
+
+def _wider(xp: Array, *dtypes: Array) -> Array:
+    return xp.float64 if any(dtype == xp.float64 for dtype in dtypes) else xp.float32

@@ -1,0 +1,96 @@
+"""A partial result of attention, and the dtypes in which it is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import array_api_compat
+
+from ringcore.errors import DtypeError, KeywordError, ShapeError
+from ringcore.values import Array
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+"""The dtypes that attention is defined for, by name."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention of some queries over some of their keys, before the division.
+
+    Shapes: ``weighted`` [B, H, S, E], ``maximum`` and ``total`` [B, H, S].
+    Law: weighted = sum of exp(s - maximum) v and total = sum of exp(s - maximum) over the keys seen.
+    Units: ``maximum`` is a score (natural-log scale). A row that saw no key is (0, -inf, 0).
+    """
+
+    weighted: Array
+    maximum: Array
+    total: Array
+
+    @property
+    def seen(self) -> Array:
+        """Which rows saw a key [B, H, S], bool. What the other rows hold is never read."""
+        return (self.maximum != -math.inf) & (self.total != 0)
+
+    @property
+    def out(self) -> Array:
+        """The attention output [B, H, S, E]: weighted / total, and 0 where no key was seen."""
+        xp = array_api_compat.array_namespace(self.weighted)
+        seen = self.seen
+        ratio = xp.astype(self.weighted, self.total.dtype) / xp.where(seen, self.total, 1.0)[..., None]
+        return xp.where(seen[..., None], ratio, 0.0)
+
+    @property
+    def lse(self) -> Array:
+        """log of the sum of exp(s) over the keys seen [B, H, S], natural log; -inf where there was none."""
+        xp = array_api_compat.array_namespace(self.weighted)
+        seen = self.seen
+        return xp.where(seen, self.maximum + xp.log(xp.where(seen, self.total, 1.0)), -math.inf)
+
+    @classmethod
+    def from_lse(cls, out: Array, lse: Array) -> Partial:
+        """The partial of a kernel that returns a normalised output and its log-sum-exp.
+
+        Shapes: ``out`` [B, H, S, E], ``lse`` [B, H, S], natural log; -inf marks a row that saw no key.
+        Dtypes: ``out`` may stay in a half type; ``lse`` is float32 or float64.
+        Raises ShapeError if the shapes do not fit, DtypeError for an lse in a half type, KeywordError if
+        an lse is +inf (some kernels mark empty rows so: convert it to -inf first).
+        """
+        xp = array_api_compat.array_namespace(out, lse)
+        if tuple(out.shape[:-1]) != tuple(lse.shape):
+            raise ShapeError(
+                f"lse has shape {tuple(lse.shape)}, but out of shape {tuple(out.shape)} needs "
+                f"{tuple(out.shape[:-1])}: one number per row. Drop or move the extra axes first."
+            )
+        if dtype_name(lse) not in ("float32", "float64"):
+            raise DtypeError(
+                f"lse is {dtype_name(lse)}; a half type loses the weights of merged partials. "
+                "Ask the kernel for a float32 lse."
+            )
+        if known(xp.any(lse == math.inf)):
+            raise KeywordError("lse holds +inf, which marks empty rows in some kernels: replace it by -inf first.")
+        empty = lse == -math.inf
+        return cls(
+            xp.where(empty[..., None], xp.zeros_like(out), out),
+            lse,
+            xp.where(empty, xp.zeros_like(lse), xp.ones_like(lse)),
+        )
+
+
+def accumulation_dtype(x: Array) -> Array:
+    """The dtype in which sums over x are kept: float64 for float64, float32 for everything narrower."""
+    xp = array_api_compat.array_namespace(x)
+    return xp.float64 if dtype_name(x) == "float64" else xp.float32
+
+
+def dtype_name(x: Array) -> str:
+    """The dtype of x as a bare name such as "float32", the same in every library."""
+    return str(x.dtype).rpartition(".")[2]
+
+
+def known(condition: Array) -> bool:
+    """The condition's value, or False while a compiler traces it and it has none."""
+    try:
+        return bool(condition)
+    except TypeError:
+        return False

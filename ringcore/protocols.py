@@ -1,0 +1,130 @@
+"""What an adapter supplies: kernels (compute) and transports (communication).
+
+Kernels compute one tile; a transport moves blocks. Neither knows about layouts, masks over the whole
+sequence or the ring: the plan does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from ringcore.partial import Partial
+from ringcore.values import Array, Blocks, Capabilities, Gradients, Move, Score, Spec, Tile
+
+
+@runtime_checkable
+class Kernels(Protocol):
+    """Attention over one tile, forward and backward.
+
+    The arrays are already cut to the tile: q [B, H, S, D], k [B, Hk, T, D], v [B, Hk, T, E] with S the tile's
+    height and T its width. bias and mask have four axes, each of the tile's length or 1.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What these kernels can do."""
+        ...
+
+    def forward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        score: Score,
+        tile: Tile,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        state: Partial | None = None,
+    ) -> Partial:
+        """The tile's partial merged into ``state``, whose buffers may be reused.
+
+        maximum is a true natural-log maximum; a row that sees no key is (0, -inf, 0).
+        """
+        ...
+
+    def backward(
+        self,
+        dout: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        maximum: Array,
+        total: Array,
+        delta: Array,
+        *,
+        score: Score,
+        tile: Tile,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        into: Gradients,
+    ) -> Gradients:
+        """``into`` plus the tile's gradients, in the accumulation dtype; fields that are None stay None.
+
+        maximum and total [B, H, S] are those of the finished row over all keys, delta is
+        rowsum(dout * out) - dlse. The buffers of ``into`` may be reused.
+        """
+        ...
+
+
+class Pending(Protocol):
+    """Blocks on their way."""
+
+    def wait(self) -> Mapping[Move, Blocks]:
+        """What arrived, by its move; raises RingTimeout after the transport's deadline, PeerError if a peer failed."""
+        ...
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One rank's end of a ring of processes.
+
+    node: ranks with equal numbers can share memory. sharers: how many ranks share this machine's cores.
+    """
+
+    rank: int
+    size: int
+    node: int
+    sharers: int
+
+    def gather(self, note: bytes) -> tuple[bytes, ...]:
+        """Every rank's note, in the order of ranks: small, on the host, with a deadline."""
+        ...
+
+    def exchange(
+        self,
+        kind: str,
+        sends: Sequence[tuple[Move, Blocks]],
+        receives: Sequence[tuple[Move, Sequence[Spec]]],
+    ) -> Pending:
+        """Start all sends and receives at once. Blocks stay untouched until the answer's wait returns."""
+        ...
+
+    def abort(self, error: BaseException) -> None:
+        """Tell every peer that this rank failed, so that none waits for it."""
+        ...
+
+
+@runtime_checkable
+class OneSided(Transport, Protocol):
+    """A transport whose ranks can also read each other's published blocks in place."""
+
+    def reaches(self, reader: int, owner: int) -> bool:
+        """Whether ``reader`` can fetch what ``owner`` publishes; equal on every rank."""
+        ...
+
+    def publish(self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]]) -> bool:
+        """Make this rank's blocks readable; ``specs`` is what each rank publishes. Collective.
+
+        False, on every rank that could have shared, means that there is no room: use `exchange`.
+        """
+        ...
+
+    def fetch(self, owner: int, rows: slice | None) -> Blocks:
+        """The blocks that ``owner`` published, in place; never written to."""
+        ...
+
+    def retire(self) -> None:
+        """No rank reads published blocks after this. Collective."""
+        ...

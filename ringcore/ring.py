@@ -1,0 +1,235 @@
+"""The one ring loop, and the two kinds of work that ringcore does in it.
+
+The loop is a generator without any I/O: it yields `Begin` and `Finish` and is resumed with what arrived. What
+visits, what stays and what is carried home is the work's business; the plan says when and where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import array_api_compat
+
+from ringcore.arrays import key_index, put, row_index, term_index
+from ringcore.merge import empty_partial
+from ringcore.partial import Partial, accumulation_dtype
+from ringcore.protocols import Kernels
+from ringcore.values import Array, Begin, Blocks, Finish, Gradients, Move, Plan, Score, Spec, Tile
+
+Loop: TypeAlias = Generator[Begin | Finish, Any, Blocks | None]
+
+
+class Work(Protocol):
+    """What one rank computes with the blocks that visit it."""
+
+    def visiting(self) -> Blocks:
+        """This rank's own block, which visits the others."""
+        ...
+
+    def visiting_specs(self, move: Move) -> tuple[Spec, ...]:
+        """What a visiting block looks like on arrival."""
+        ...
+
+    def carried_specs(self, move: Move) -> tuple[Spec, ...]:
+        """What the accumulators of a block look like on arrival; empty if this work carries none."""
+        ...
+
+    def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
+        """Compute the tiles; the accumulators that must go home with the block."""
+        ...
+
+    def combine(self, arrived: Blocks, share: Blocks) -> Blocks:
+        """Accumulators of disjoint work as one; the buffers of ``arrived`` may be reused."""
+        ...
+
+
+def ring(plan: Plan, work: Work) -> Loop:
+    """One rank's part in the ring; returns the accumulators of its own block, all shares added.
+
+    Blocks move on while the tiles that read them are computed. Accumulators follow one step behind.
+    """
+    carries = bool(work.carried_specs(Move(plan.rank, plan.rank)))
+    held = {plan.rank: work.visiting()}
+    own: Blocks | None = None
+    leaving: list[Any] = []
+    homecoming: list[tuple[Move, Any]] = []
+    if carries:
+        # Asked for before anything is sent: a last guest must never wait for its host to finish.
+        for move in plan.home:
+            homecoming.append((move, (yield Begin("carried", receives=((move, work.carried_specs(move)),)))))
+    for step in plan.steps:
+        moving = coming = None
+        if step.sends or step.receives:
+            moving = yield Begin(
+                "visiting",
+                sends=tuple((move, _rows(held[move.block], move.rows)) for move in step.sends),
+                receives=tuple((move, work.visiting_specs(move)) for move in step.receives),
+            )
+        if carries and step.carry_in:
+            coming = yield Begin("carried", receives=((step.carry_in, work.carried_specs(step.carry_in)),))
+        if step.block is not None:
+            share = work.visit(held[step.block], step.tiles)
+            if step.carry_in and coming is not None:
+                share = work.combine((yield Finish(coming))[step.carry_in], share)
+            if carries:
+                while leaving:
+                    yield Finish(leaving.pop())
+                if step.carry_out:
+                    leaving.append((yield Begin("carried", sends=tuple((move, share) for move in step.carry_out))))
+                if not step.carry_out or step.block == plan.rank:
+                    own = share
+        if moving is not None:
+            for move, blocks in (yield Finish(moving)).items():
+                held[move.block] = blocks
+        for block in step.drops:
+            del held[block]
+    for move, token in homecoming:
+        own = work.combine((yield Finish(token))[move], own or ())
+    while leaving:
+        yield Finish(leaving.pop())
+    return own
+
+
+class ForwardWork:
+    """q stays, (k, v) visit, the partial of q's rows accumulates here."""
+
+    def __init__(
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
+        *, score: Score, kernels: Kernels, lengths: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
+        self.score, self.kernels, self.lengths = score, kernels, lengths
+        self.state: Partial | None = None
+
+    def visiting(self) -> Blocks:
+        """k [B, Hk, T, D] and v [B, Hk, T, E]."""
+        return self.k, self.v
+
+    def visiting_specs(self, move: Move) -> tuple[Spec, ...]:
+        """k and v of the block's owner."""
+        return tuple(_block_spec(x, x.dtype, self.lengths, move) for x in (self.k, self.v))
+
+    def carried_specs(self, move: Move) -> tuple[Spec, ...]:
+        """Nothing: what this work accumulates stays."""
+        return ()
+
+    def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
+        """Merge the tiles into the state of q's rows."""
+        k, v = block
+        for tile in tiles:
+            rows, keys = row_index(tile), key_index(tile)
+            whole = _covers(self.q, tile)
+            if self.state is None and not whole:
+                self.state = empty_partial(self.q, v.shape[-1])
+            state = self.state
+            piece = state if whole or state is None else Partial(*(x[rows] for x in _fields(state)))
+            terms = _terms(self.bias, self.mask, tile)
+            part = self.kernels.forward(
+                self.q[rows], k[keys], v[keys], score=self.score, tile=tile, state=piece, **terms
+            )
+            if whole:
+                self.state = part
+            elif state is not None and piece is not None and part is not piece:
+                self.state = Partial(*(put(x, rows, new) for x, new in zip(_fields(state), _fields(part), strict=True)))
+        return ()
+
+    def combine(self, arrived: Blocks, share: Blocks) -> Blocks:
+        """Never called: nothing is carried."""
+        raise NotImplementedError
+
+    def take_result(self) -> Partial:
+        """The partial of q's rows over all keys that visited, which from now on is the caller's alone."""
+        state, self.state = self.state, None
+        return state or empty_partial(self.q, self.v.shape[-1])
+
+
+class BackwardWork:
+    """q, dout and the row statistics stay, (k, v) visit, dq and dbias accumulate here, (dk, dv) are carried home.
+
+    ``wanted`` names the gradients to compute, out of q, k, v and bias.
+    """
+
+    def __init__(
+        self, dout: Array, forward: ForwardWork, maximum: Array, total: Array, delta: Array, wanted: frozenset[str]
+    ) -> None:
+        self.dout, self.forward, self.wanted = dout, forward, wanted
+        self.maximum, self.total, self.delta = maximum, total, delta
+        self.dq = _zeros(forward.q) if "q" in wanted else None
+        self.dbias = _zeros(forward.bias) if "bias" in wanted else None
+
+    def visiting(self) -> Blocks:
+        """k [B, Hk, T, D] and v [B, Hk, T, E]."""
+        return self.forward.visiting()
+
+    def visiting_specs(self, move: Move) -> tuple[Spec, ...]:
+        """k and v of the block's owner."""
+        return self.forward.visiting_specs(move)
+
+    def carried_specs(self, move: Move) -> tuple[Spec, ...]:
+        """dk and dv of the block's owner, those of them that are wanted."""
+        return tuple(_block_spec(x, accumulation_dtype(x), self.forward.lengths, move) for x in self._carried())
+
+    def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
+        """Add to dq and dbias; the tiles' shares of dk and dv."""
+        k, v = block
+        forward, wanted = self.forward, self.wanted
+        dk = _zeros(k) if "k" in wanted else None
+        dv = _zeros(v) if "v" in wanted else None
+        for tile in tiles:
+            rows, keys = row_index(tile), key_index(tile)
+            bias_index = () if self.dbias is None else term_index(self.dbias, tile)
+            places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
+            places = (self.dq, rows), (dk, keys), (dv, keys), (self.dbias, bias_index)
+            into = Gradients(*(None if x is None else x[index] for x, index in places))
+            gained = forward.kernels.backward(
+                self.dout[rows], forward.q[rows], k[keys], v[keys],
+                self.maximum[rows], self.total[rows], self.delta[rows],
+                score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+            )  # fmt: skip
+            if gained is not into:
+                new = gained.dq, gained.dk, gained.dv, gained.dbias
+                self.dq, dk, dv, self.dbias = (
+                    x if x is None else put(x, index, value) for (x, index), value in zip(places, new, strict=True)
+                )
+        return tuple(x for x in (dk, dv) if x is not None)
+
+    def combine(self, arrived: Blocks, share: Blocks) -> Blocks:
+        """The sums, in the order in which the block visited."""
+        return tuple(_sum(first, second) for first, second in zip(arrived, share, strict=True))
+
+    def _carried(self) -> list[Array]:
+        return [x for name, x in (("k", self.forward.k), ("v", self.forward.v)) if name in self.wanted]
+
+
+def _rows(blocks: Blocks, rows: slice | None) -> Blocks:
+    return blocks if rows is None else tuple(x[:, :, rows, ...] for x in blocks)
+
+
+def _block_spec(x: Array, dtype: Any, lengths: Sequence[int], move: Move) -> Spec:
+    height = lengths[move.block] if move.rows is None else len(range(lengths[move.block])[move.rows])
+    return Spec((*x.shape[:2], height, x.shape[3]), x, dtype)
+
+
+def _covers(x: Array, tile: Tile) -> bool:
+    wanted = tile.batch, tile.q_heads, tile.rows
+    return all(range(length)[part] == range(length) for length, part in zip(x.shape[:3], wanted, strict=True))
+
+
+def _terms(bias: Array | None, mask: Array | None, tile: Tile) -> dict[str, Array | None]:
+    terms = {"bias": bias, "mask": mask}
+    return {name: None if term is None else term[term_index(term, tile)] for name, term in terms.items()}
+
+
+def _fields(partial: Partial) -> Blocks:
+    return partial.weighted, partial.maximum, partial.total
+
+
+def _zeros(x: Array) -> Array:
+    xp = array_api_compat.array_namespace(x)
+    return xp.zeros(x.shape, dtype=accumulation_dtype(x), device=array_api_compat.device(x))
+
+
+def _sum(first: Array, second: Array) -> Array:
+    first += second
+    return first

@@ -1,0 +1,153 @@
+"""Where a call runs: all ranks in this process, or this rank of a ring of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import array_api_compat
+
+from ringcore.agreement import Agreed, Note, agree
+from ringcore.arguments import Arguments, check_columns
+from ringcore.exchange import InPlace, run_rank
+from ringcore.layout import Layout, layout_of_lengths, resolve_layout
+from ringcore.local import run_local
+from ringcore.partition import shard, unshard
+from ringcore.protocols import OneSided, Transport
+from ringcore.ring import Work, ring
+from ringcore.schedule import Visibility, ring_plans
+from ringcore.values import Array, Blocks, Plan, Spec
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How q and k are dealt to the ranks, and every rank's plan."""
+
+    q_layout: Layout
+    k_layout: Layout
+    plans: tuple[Plan, ...]
+
+
+class Session(Protocol):
+    """Splits what the caller gave into the shards that run here, runs them, and joins the results."""
+
+    deal: Deal
+
+    def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
+        """The shards of x that run here."""
+        ...
+
+    def join(self, parts: Sequence[Array], layout: Layout, axis: int = 2) -> Array:
+        """What the caller gets, from the shards that ran here."""
+        ...
+
+    def run(self, works: Sequence[Work]) -> list[Blocks | None]:
+        """Run the ring loop of every shard here; what came home."""
+        ...
+
+    def check(self, check: Callable[[], None], name: str) -> None:
+        """Run a check of later arguments; its error reaches every rank."""
+        ...
+
+
+class LocalSession:
+    """The whole ring in this process."""
+
+    def __init__(self, arguments: Arguments, size: int) -> None:
+        q_length, k_length = arguments.q.shape[2], arguments.k.shape[2]
+        q_layout = resolve_layout(arguments.layout, q_length, size, "q")
+        k_layout = resolve_layout(arguments.layout, k_length, size, "k")
+        self.deal = _deal(arguments, q_layout, k_layout)
+
+    def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
+        """Every rank's shard of the whole array x."""
+        return [shard(x, layout, rank, layout.size, axis) for rank in range(layout.size)]
+
+    def join(self, parts: Sequence[Array], layout: Layout, axis: int = 2) -> Array:
+        """The whole array."""
+        return unshard(parts, layout, axis)
+
+    def run(self, works: Sequence[Work]) -> list[Blocks | None]:
+        """Run all ranks' loops in turn."""
+        return run_local([ring(plan, work) for plan, work in zip(self.deal.plans, works, strict=True)])
+
+    def check(self, check: Callable[[], None], name: str) -> None:
+        """Run the check."""
+        check()
+
+
+class ProcessSession:
+    """This rank of a ring of processes."""
+
+    def __init__(self, transport: Transport, arguments: Arguments, agreed: Agreed) -> None:
+        self.transport = transport
+        q_layout = layout_of_lengths(arguments.layout, agreed.q_lengths, "q")
+        k_layout = layout_of_lengths(arguments.layout, agreed.k_lengths, "k")
+        self.deal = _deal(arguments, q_layout, k_layout)
+
+    def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
+        """This rank's shard, which x already is."""
+        return [x]
+
+    def join(self, parts: Sequence[Array], layout: Layout, axis: int = 2) -> Array:
+        """This rank's shard."""
+        return parts[0]
+
+    def run(self, works: Sequence[Work]) -> list[Blocks | None]:
+        """Run this rank's loop; blocks of ranks that share memory are read in place."""
+        (work,) = works
+        loop = ring(self.deal.plans[self.transport.rank], work)
+        if not isinstance(self.transport, OneSided) or not self._published(self.transport, work):
+            return [run_rank(loop, self.transport)]
+        result = run_rank(loop, InPlace(self.transport))
+        self.transport.retire()
+        return [result]
+
+    def check(self, check: Callable[[], None], name: str) -> None:
+        """Run the check on every rank and agree that it passed."""
+
+        def checked() -> tuple[None, Note]:
+            check()
+            return None, {"call": name}
+
+        agree(self.transport, checked)
+
+    def _published(self, transport: OneSided, work: Work) -> bool:
+        blocks = work.visiting()
+        specs = {
+            rank: tuple(Spec((*x.shape[:2], length, x.shape[3]), x, x.dtype) for x in blocks)
+            for rank, length in enumerate(self.deal.k_layout.lengths)
+        }
+        return transport.publish(blocks, specs)
+
+
+def _deal(arguments: Arguments, q_layout: Layout, k_layout: Layout) -> Deal:
+    keys = k_layout.length
+    check_columns(arguments, keys)
+    visibility = Visibility(
+        causal=arguments.causal,
+        window=arguments.window,
+        offsets=arguments.offsets,
+        key_limits=arguments.key_lengths or (keys,) * len(arguments.offsets),
+        heads=arguments.q.shape[1],
+        key_heads=arguments.k.shape[1],
+        # A joined tile may hold several ranges of columns, which no slice of a bias or mask names.
+        joined=arguments.bias is None and arguments.mask is None,
+    )
+    return Deal(q_layout, k_layout, ring_plans(q_layout, k_layout, visibility))
+
+
+def split_term(session: Session, term: Array | None, parts: int) -> list[Array | None]:
+    """The rows of a bias or mask for each shard here; one row is every shard's."""
+    if term is None or term.shape[2] == 1:
+        return [term] * parts
+    return list(session.split(term, session.deal.q_layout))
+
+
+def join_term(session: Session, parts: Sequence[Array], term: Array) -> Array:
+    """The gradient of a bias, in its own shape: this process's share where rows are shared."""
+    if term.shape[2] != 1:
+        return session.join(parts, session.deal.q_layout)
+    xp = array_api_compat.array_namespace(*parts)
+    return xp.sum(xp.stack(list(parts)), axis=0)

@@ -1,0 +1,228 @@
+"""The plain data that plans, kernels and transports exchange. Everything here is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import array_api_compat
+
+Array: TypeAlias = Any
+"""An array of any library that follows the Python array API standard."""
+
+Blocks: TypeAlias = tuple[Array, ...]
+"""Arrays that travel together, such as one rank's (k, v)."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which pairs of a tile are visible: row i sees column j where ``lo <= j - i <= hi``.
+
+    i and j count rows and columns of the tile; None is unbounded.
+    """
+
+    lo: int | None = None
+    hi: int | None = None
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether the band hides nothing, whatever the tile's shape."""
+        return self.lo is None and self.hi is None
+
+    def columns(self, start: int, stop: int, width: int) -> tuple[int, int]:
+        """The half-open range of columns, out of ``width``, that some row in [start, stop) sees."""
+        first = 0 if self.lo is None else max(0, start + self.lo)
+        last = width if self.hi is None else min(width, stop - 1 + self.hi + 1)
+        return first, max(first, last)
+
+    def rows(self, start: int, stop: int, height: int) -> tuple[int, int]:
+        """The half-open range of rows, out of ``height``, that see some column in [start, stop)."""
+        return Band(_negative(self.hi), _negative(self.lo)).columns(start, stop, height)
+
+    def covers(self, rows: tuple[int, int], columns: tuple[int, int]) -> bool:
+        """Whether every pair of the half-open ranges is visible, so that no mask is needed."""
+        smallest, largest = columns[0] - (rows[1] - 1), columns[1] - 1 - rows[0]
+        return (self.lo is None or smallest >= self.lo) and (self.hi is None or largest <= self.hi)
+
+    def clipped(self, height: int, width: int) -> Band:
+        """The one name of this band over a tile: no bound that hides nothing in it, NOTHING if all is hidden."""
+        lo = None if self.lo is None or self.lo <= -(height - 1) else self.lo
+        hi = None if self.hi is None or self.hi >= width - 1 else self.hi
+        hidden = height == 0 or width == 0 or (lo is not None and hi is not None and lo > hi)
+        hidden = hidden or (lo is not None and lo > width - 1) or (hi is not None and hi < -(height - 1))
+        return NOTHING if hidden else Band(lo, hi)
+
+    def shifted(self, rows: int, columns: int) -> Band:
+        """The same pairs, counted from an origin ``rows`` further down and ``columns`` further right."""
+        return Band(*(None if bound is None else bound + rows - columns for bound in (self.lo, self.hi)))
+
+
+NOTHING = Band(1, 0)
+"""The band that hides every pair."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of the score matrix: local rows of q against local rows ("columns") of k and v.
+
+    batch, q_heads, k_heads: slices of the leading axes of q and of k, v (grouped heads: query head
+        h of the tile reads key head h // group of the tile).
+    rows, columns: slices, possibly strided, of the local rows of q and of the visiting k, v.
+    row_positions, column_positions: the global positions of those rows, as ranges in order.
+    band: which pairs are visible, counted within the tile.
+    """
+
+    batch: slice
+    q_heads: slice
+    k_heads: slice
+    rows: slice
+    columns: slice
+    row_positions: tuple[range, ...]
+    column_positions: tuple[range, ...]
+    band: Band = Band()
+
+    @property
+    def height(self) -> int:
+        """How many rows of q the tile has."""
+        return sum(map(len, self.row_positions))
+
+    @property
+    def width(self) -> int:
+        """How many keys the tile has."""
+        return sum(map(len, self.column_positions))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What turns q.k into a score, equal for the whole call.
+
+    scale multiplies q.k; softcap, if given, then bounds it to cap * tanh(score / cap). Bias and mask come after.
+    """
+
+    scale: float
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """One block on its way: ``block`` is the rank that owns it, ``peer`` where it goes to or comes from.
+
+    rows: the part of the owner's rows that travels; None is all of them.
+    """
+
+    peer: int
+    block: int
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a rank's plan.
+
+    block: whose visiting block the tiles read; None where nothing is computed.
+    sends, receives: visiting blocks that move while the tiles are computed.
+    carry_in, carry_out: from whom the accumulators of ``block`` arrive, and to whom they go on with
+        this step's share added. None: they start here; empty: they stay (the block is this rank's own).
+    drops: blocks that no later step of this rank reads or sends.
+    """
+
+    block: int | None = None
+    tiles: tuple[Tile, ...] = ()
+    sends: tuple[Move, ...] = ()
+    receives: tuple[Move, ...] = ()
+    carry_in: Move | None = None
+    carry_out: tuple[Move, ...] = ()
+    drops: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank computes, sends and receives, decided before any array is touched.
+
+    home: from whom the accumulators of this rank's own block arrive at the end, in the order in
+        which they are added to its own share.
+    """
+
+    rank: int
+    size: int
+    steps: tuple[Step, ...]
+    home: tuple[Move, ...] = ()
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All tiles of the plan, in order."""
+        return tuple(tile for step in self.steps for tile in step.tiles)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A block to be received: its shape and dtype, and an array whose library and device it shares."""
+
+    shape: tuple[int, ...]
+    like: Array
+    dtype: Any
+
+    def empty(self) -> Array:
+        """A new uninitialised array of this shape, dtype and device."""
+        xp = array_api_compat.array_namespace(self.like)
+        return xp.empty(self.shape, dtype=self.dtype, device=array_api_compat.device(self.like))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of a tile or a call; None where one is not wanted.
+
+    dq [B, H, S, D], dk [B, Hk, T, D], dv [B, Hk, T, E] in the accumulation dtype; dbias in bias's own shape.
+    """
+
+    dq: Array | None = None
+    dk: Array | None = None
+    dv: Array | None = None
+    dbias: Array | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What kernels can do; what they cannot is refused by name, or other kernels are taken.
+
+    dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any.
+    """
+
+    name: str
+    dtypes: frozenset[str] = frozenset({"float16", "bfloat16", "float32", "float64"})
+    libraries: frozenset[str] = frozenset()
+    devices: frozenset[str] = frozenset()
+    bias: bool = True
+    mask: bool = True
+    softcap: bool = True
+    gradient: bool = True
+    lse_only: bool = False
+    poison_rows: bool = True
+    largest_head: int | None = None
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The loop asks its driver to start moving blocks.
+
+    kind is "visiting" or "carried"; ``blocks`` holds what each send gives, ``specs`` what each receive gets.
+    """
+
+    kind: str
+    sends: tuple[tuple[Move, Blocks], ...] = ()
+    receives: tuple[tuple[Move, tuple[Spec, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The loop asks its driver to complete a `Begin`; the answer maps each received owner to its blocks."""
+
+    token: Any = None
+
+
+Arrived: TypeAlias = Mapping[Move, Blocks]
+
+
+def _negative(bound: int | None) -> int | None:
+    return None if bound is None else -bound

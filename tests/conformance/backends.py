@@ -1,0 +1,203 @@
+"""The array libraries and rings that the suite runs on: arrays in, arrays out, as NumPy."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+import ringcore
+
+INPUTS = ("q", "k", "v")
+
+
+class Backend:
+    """One array library; `make` and `back` convert from and to NumPy."""
+
+    name = "numpy"
+    kernels: str | None = None
+
+    def make(self, x: np.ndarray) -> Any:
+        """A NumPy array as this library's."""
+        return x
+
+    def back(self, x: Any) -> np.ndarray:
+        """This library's array as NumPy."""
+        return np.asarray(x)
+
+
+class Strict(Backend):
+    """array-api-strict on a device that is not its default, where any use of the default fails."""
+
+    name = "strict"
+
+    @cached_property
+    def xp(self) -> Any:
+        import array_api_strict
+
+        return array_api_strict
+
+    def make(self, x: np.ndarray) -> Any:
+        return self.xp.asarray(x, device=self.xp.Device("device1"))
+
+    def back(self, x: Any) -> np.ndarray:
+        assert x.device == self.xp.Device("device1")
+        return np.asarray(x.to_device(self.xp.Device("CPU_DEVICE")))
+
+
+class Torch(Backend):
+    """Torch on the CPU."""
+
+    name = "torch"
+    device = "cpu"
+
+    def make(self, x: np.ndarray) -> Any:
+        import torch
+
+        if x.dtype.name == "bfloat16":
+            return torch.from_numpy(x.view(np.uint16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(x.copy()).to(self.device)
+
+    def back(self, x: Any) -> np.ndarray:
+        import torch
+
+        assert x.device.type == self.device
+        return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).cpu().numpy()
+
+
+class TorchCuda(Torch):
+    """Torch on a GPU."""
+
+    name = "torch-cuda"
+    device = "cuda"
+
+
+class Cupy(Backend):
+    """CuPy."""
+
+    name = "cupy"
+
+    def make(self, x: np.ndarray) -> Any:
+        import cupy
+
+        return cupy.asarray(x)
+
+    def back(self, x: Any) -> np.ndarray:
+        import cupy
+
+        return cupy.asnumpy(x)
+
+
+class Jax(Backend):
+    """JAX, eager."""
+
+    name = "jax"
+
+    @cached_property
+    def np(self) -> Any:
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        return jax.numpy
+
+    def make(self, x: np.ndarray) -> Any:
+        return self.np.asarray(x)
+
+
+class NumpyReference(Backend):
+    """NumPy arrays on the reference kernels."""
+
+    name = "numpy-reference"
+    kernels = "reference"
+
+
+BACKENDS = {cls.name: cls for cls in (Backend, NumpyReference, Strict, Torch, TorchCuda, Cupy, Jax)}
+
+
+class LocalRing:
+    """Rings in one process."""
+
+    name = "local"
+    largest = 8
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def __call__(self, arrays, keywords, layout, size, axes, wrt=None):
+        """out, lse and gradients as NumPy [B, H, S, ...], or None on a process outside the ring."""
+        return _call(self.backend, arrays, keywords, axes, wrt, ring_size=size, layout=layout)
+
+
+class MpiRing:
+    """Rings of MPI processes, among the first ``size`` ranks of the world."""
+
+    name = "mpi"
+
+    def __init__(self, backend: Backend, node_size: int | None = None) -> None:
+        from mpi4py import MPI
+
+        self.backend, self.world, self.undefined = backend, MPI.COMM_WORLD, MPI.UNDEFINED
+        self.largest, self.node_size = self.world.size, node_size
+        self.rings: dict[int, Any] = {}
+
+    def _ring(self, size: int) -> Any:
+        if size not in self.rings:
+            from ringcore_mpi import MpiTransport
+
+            # Reversed, so that ranks of the ring are not ranks of the world.
+            inside = self.world.rank < size
+            group = self.world.Split(0 if inside else self.undefined, -self.world.rank)
+            node = None if self.node_size is None or not inside else group.rank // self.node_size
+            self.rings[size] = (group, (group if node is None else MpiTransport(group, node=node)) if inside else None)
+        return self.rings[size]
+
+    def __call__(self, arrays, keywords, layout, size, axes, wrt=None):
+        """As LocalRing; every rank of the ring gets the whole results."""
+        group, ring = self._ring(size)
+        if ring is None:
+            return None
+        lengths = arrays["q"].shape[2], arrays["k"].shape[2]
+        layouts = [ringcore.resolve_layout(layout, length, size) for length in lengths]
+        mine = {name: ringcore.shard(x, layouts[name in ("k", "v")], group.rank, size) for name, x in arrays.items()}
+        local = dict(keywords)
+        for name in ("bias", "mask"):
+            term = local.get(name)
+            if term is not None and term.ndim >= 2 and term.shape[-2] not in (1,):
+                local[name] = ringcore.shard(term, layouts[0], group.rank, size, axis=term.ndim - 2)
+        result = _call(self.backend, mine, local, axes, wrt, ring=ring, layout=layout)
+        return self._joined(result, group, layouts, keywords)
+
+    def _joined(self, result, group, layouts, keywords):
+        out, lse, gradients = result
+
+        def whole(x, place, axis=2):
+            return ringcore.unshard([part.copy() for part in group.allgather(x)], layouts[place], axis)
+
+        joined = {}
+        for name, x in gradients.items():
+            if name == "bias":
+                rows = keywords["bias"].shape[-2] if keywords["bias"].ndim >= 2 else 1
+                joined[name] = whole(x, 0, x.ndim - 2) if rows != 1 else sum(group.allgather(x))
+            else:
+                joined[name] = whole(x, name != "q")
+        return whole(out, 0), whole(lse, 0), joined
+
+
+def _call(backend, arrays, keywords, axes, wrt, **where):
+    def given(x):
+        return np.swapaxes(x, 1, 2) if axes == "bshd" and x.ndim == 4 else x
+
+    q, k, v, dout, dlse = (backend.make(given(arrays[name])) for name in ("q", "k", "v", "dout", "dlse"))
+    keywords = {name: backend.make(x) if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
+    keywords = {**keywords, **where, "axes": axes, "kernels": backend.kernels}
+    if wrt is None:
+        out, lse = ringcore.ring_attention(q, k, v, return_lse=True, **keywords)
+        gradients = ()
+    else:
+        (out, lse), pullback = ringcore.ring_attention_vjp(q, k, v, wrt=wrt, **keywords)
+        gradients = pullback(dout, dlse)
+    assert str(out.dtype) == str(q.dtype)
+    named = {name: backend.back(x) for name, x in zip(wrt or (), gradients, strict=True)}
+    named = {name: given(x) if name in INPUTS else x for name, x in named.items()}
+    return given(backend.back(out)), backend.back(lse), named

@@ -1,0 +1,214 @@
+"""The conformance table: every keyword, layout, ring size, shape and dtype, and which combinations a session runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+
+import ringcore
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batch, query heads, key heads, queries, keys, key width, value width."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    width: int
+    value_width: int
+
+
+SHAPES = {
+    "square": Shape(1, 2, 2, 37, 37, 8, 8),
+    "grouped": Shape(2, 4, 2, 29, 29, 6, 5),
+    "rectangular": Shape(2, 2, 1, 11, 31, 4, 3),
+    "tiny": Shape(1, 2, 2, 3, 3, 1, 2),
+}
+
+Keywords = dict[str, Any]
+Feature = Callable[[np.random.Generator, Shape, str], Keywords]
+
+
+def _bias(rng, shape, dtype):
+    return {"bias": rng.standard_normal((shape.batch, shape.heads, shape.queries, shape.keys)).astype(dtype)}
+
+
+def _hiding_bias(rng, shape, dtype):
+    bias = rng.standard_normal((shape.queries, shape.keys))
+    bias[rng.random(bias.shape) < 0.3] = -np.inf
+    bias[shape.queries // 2] = -np.inf
+    return {"bias": bias.astype(dtype)}
+
+
+def _finfo_bias(rng, shape, dtype):
+    # The mask of many model libraries: the most negative number, and whole rows of nothing else.
+    bias = np.where(rng.random((shape.batch, 1, shape.queries, shape.keys)) < 0.4, np.finfo(dtype).min, 0.0)
+    bias[:, :, shape.queries // 2] = np.finfo(dtype).min
+    return {"bias": bias.astype(dtype), "causal": True}
+
+
+def _mask(rng, shape, dtype):
+    mask = rng.random((shape.batch, shape.heads, shape.queries, shape.keys)) < 0.6
+    mask[:, :, 0] = False
+    return {"mask": mask}
+
+
+def _everything(rng, shape, dtype):
+    return {
+        "causal": True,
+        "window": (9, 4),
+        "scale": 0.7,
+        "softcap": 2.5,
+        "bias": rng.standard_normal((shape.heads, 1, shape.keys)).astype(dtype),
+        "mask": rng.random((shape.queries, shape.keys)) < 0.8,
+        "query_offset": [3 * entry + 1 for entry in range(shape.batch)],
+        "key_lengths": [shape.keys - entry - 1 for entry in range(shape.batch)],
+    }
+
+
+FEATURES: dict[str, Feature] = {
+    "plain": lambda rng, shape, dtype: {},
+    "causal": lambda rng, shape, dtype: {"causal": True},
+    "window": lambda rng, shape, dtype: {"window": (5, 2)},
+    "window left": lambda rng, shape, dtype: {"window": (4, None)},
+    "window right": lambda rng, shape, dtype: {"window": (None, 0)},
+    "window itself": lambda rng, shape, dtype: {"window": (0, 0)},
+    "causal window": lambda rng, shape, dtype: {"causal": True, "window": 7},
+    "scale": lambda rng, shape, dtype: {"scale": 1.3},
+    "softcap": lambda rng, shape, dtype: {"softcap": 1.5, "causal": True},
+    "bias": _bias,
+    "hiding bias": _hiding_bias,
+    "finfo bias": _finfo_bias,
+    "row bias": lambda rng, shape, dtype: {"bias": rng.standard_normal((shape.batch, 1, 1, shape.keys)).astype(dtype)},
+    "column bias": lambda rng, shape, dtype: {
+        "bias": rng.standard_normal((1, shape.heads, shape.queries, 1)).astype(dtype)
+    },
+    "mask": _mask,
+    "key mask": lambda rng, shape, dtype: {"mask": rng.random((shape.batch, 1, 1, shape.keys)) < 0.7, "causal": True},
+    "offset": lambda rng, shape, dtype: {"causal": True, "query_offset": shape.keys // 3},
+    "negative offset": lambda rng, shape, dtype: {"causal": True, "query_offset": -2},
+    "offsets": lambda rng, shape, dtype: {"causal": True, "query_offset": [7 - 5 * b for b in range(shape.batch)]},
+    "key lengths": lambda rng, shape, dtype: {
+        "key_lengths": [max(0, shape.keys - 6 * b - 2) for b in range(shape.batch)]
+    },
+    "no keys": lambda rng, shape, dtype: {"key_lengths": [0] * shape.batch},
+    "large logits": lambda rng, shape, dtype: {"scale": 2000.0, "causal": True},
+    "everything": _everything,
+}
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "uneven", "mixed")
+RING_SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
+DTYPES = ("float64", "float32")
+AXES = ("bhsd", "bshd")
+
+
+def layout_for(name: str, length: int, size: int) -> str | ringcore.Layout:
+    """A named layout, or one of our own: uneven and empty shards, or ranges of different steps out of order."""
+    if name == "uneven":
+        rng = random.Random(length * 100 + size)
+        cuts = sorted(rng.randint(0, length) for _ in range(size - 1))
+        ends = [*cuts, length]
+        return ringcore.Layout(tuple((range(a, b),) for a, b in zip([0, *cuts], ends, strict=True)))
+    if name == "mixed":
+        half = length // 2
+        ranges = [
+            range(half, length, 3),
+            range(0, half, 2),
+            range(half + 2, length, 3),
+            range(1, half, 2),
+            range(half + 1, length, 3),
+        ]
+        return ringcore.Layout(tuple(tuple(ranges[rank::size]) for rank in range(size)))
+    return name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    feature: str
+    layout: str
+    size: int
+    shape: str
+    dtype: str
+    axes: str = "bhsd"
+
+    def __str__(self) -> str:
+        return "-".join(
+            str(x).replace(" ", "_") for x in (self.feature, self.layout, self.size, self.shape, self.dtype, self.axes)
+        )
+
+
+AXES_OF_TABLE = (tuple(FEATURES), LAYOUTS, RING_SIZES, tuple(SHAPES), DTYPES)
+
+
+def every_case() -> list[Case]:
+    """The full product; the order of axes alternates."""
+    return [
+        _possible(Case(*row, AXES[i % 2])) for i, row in enumerate(product(*AXES_OF_TABLE)) if _possible(Case(*row))
+    ]
+
+
+def pairwise_cases(sizes: tuple[int, ...] = RING_SIZES, seed: int = 7) -> list[Case]:
+    """Few cases in which every pair of choices on two axes of the table occurs."""
+    axes = (*AXES_OF_TABLE[:2], sizes, *AXES_OF_TABLE[3:], AXES)
+    rng = random.Random(seed)
+    wanted = {((i, a), (j, b)) for i, j in combinations(range(len(axes)), 2) for a in axes[i] for b in axes[j]}
+    found = []
+    while wanted:
+        best, best_gain = None, -1
+        # The first open pair is always in, the rest is the best of a few random tries.
+        (i, a), (j, b) = min(wanted, key=str)
+        for _ in range(30):
+            row = [rng.choice(choices) for choices in axes]
+            row[i], row[j] = a, b
+            gain = sum(((x, row[x]), (y, row[y])) in wanted for x, y in combinations(range(len(axes)), 2))
+            if gain > best_gain:
+                best, best_gain = row, gain
+        wanted -= {((x, best[x]), (y, best[y])) for x, y in combinations(range(len(axes)), 2)}
+        found.append(_possible(Case(*best)))
+    return found
+
+
+def few_cases(sizes: tuple[int, ...]) -> list[Case]:
+    """Every keyword once, the other axes in turn: for libraries that compile each shape anew."""
+    axes = (LAYOUTS, sizes, tuple(SHAPES), DTYPES, AXES)
+    return [
+        _possible(
+            Case(
+                feature,
+                *(choices[(i * (place + 1) + i // len(choices)) % len(choices)] for place, choices in enumerate(axes)),
+            )
+        )
+        for i, feature in enumerate(FEATURES)
+    ]
+
+
+def _possible(case: Case) -> Case:
+    # Layouts of our own fix one length, so they go with square shapes.
+    if case.layout in ("uneven", "mixed") and case.shape == "rectangular":
+        return Case(case.feature, case.layout, case.size, "grouped", case.dtype, case.axes)
+    return case
+
+
+def draw(case: Case) -> tuple[dict[str, np.ndarray], Keywords]:
+    """Seeded inputs [B, H, S, D] and keywords of a case; numbers do not depend on layout or ring size."""
+    shape = SHAPES[case.shape]
+    rng = np.random.default_rng([len(case.shape), len(case.feature), sum(map(ord, case.feature))])
+    sizes = {
+        "q": (shape.batch, shape.heads, shape.queries, shape.width),
+        "k": (shape.batch, shape.key_heads, shape.keys, shape.width),
+        "v": (shape.batch, shape.key_heads, shape.keys, shape.value_width),
+        "dout": (shape.batch, shape.heads, shape.queries, shape.value_width),
+        "dlse": (shape.batch, shape.heads, shape.queries),
+    }
+    arrays = {name: rng.standard_normal(size).astype(case.dtype) for name, size in sizes.items()}
+    return arrays, FEATURES[case.feature](rng, shape, case.dtype)

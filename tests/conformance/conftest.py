@@ -1,0 +1,44 @@
+"""Options of the conformance suite: which library, which ring, how many cases."""
+
+from __future__ import annotations
+
+import pytest
+from backends import BACKENDS, LocalRing, MpiRing
+from cases import RING_SIZES, every_case, few_cases, pairwise_cases
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("conformance")
+    group.addoption("--backend", default="numpy", choices=sorted(BACKENDS), help="the array library to test")
+    group.addoption("--ring", default="local", choices=("local", "mpi", "mpi-nodes"), help="mpi: under mpiexec")
+    group.addoption("--cases", default="pairwise", choices=("few", "pairwise", "all"), help="how much of the table")
+
+
+@pytest.fixture(scope="session")
+def backend(request):
+    return BACKENDS[request.config.getoption("--backend")]()
+
+
+@pytest.fixture(scope="session")
+def attend(request, backend):
+    ring = request.config.getoption("--ring")
+    if ring == "local":
+        return LocalRing(backend)
+    return MpiRing(backend, node_size=2 if ring == "mpi-nodes" else None)
+
+
+def pytest_generate_tests(metafunc):
+    if "case" not in metafunc.fixturenames:
+        return
+    sizes = RING_SIZES
+    if metafunc.config.getoption("--ring") != "local":
+        from mpi4py import MPI
+
+        sizes = tuple(range(1, MPI.COMM_WORLD.size + 1))
+    choose = {
+        "all": lambda: [case for case in every_case() if case.size in sizes],
+        "pairwise": lambda: pairwise_cases(sizes),
+        "few": lambda: few_cases(tuple(size for size in sizes if size <= 3)),
+    }
+    cases = choose[metafunc.config.getoption("--cases")]()
+    metafunc.parametrize("case", list(dict.fromkeys(cases)), ids=str)

@@ -1,0 +1,91 @@
+"""Dense attention in float64, written from the definition: one softmax over one full score matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a call must give, and the scales that its errors are measured against."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    gradients: dict[str, np.ndarray]
+    largest_logit: float
+    row_scale: np.ndarray  # the largest |v| that each row sees, [B, H, S, 1]
+
+
+def visible_pairs(queries: int, keys: int, batch: int, keywords: dict[str, Any]) -> np.ndarray:
+    """[B, S, N]: which positions see which, by comparing every pair of positions."""
+    offset = keywords.get("query_offset", 0)
+    offsets = np.broadcast_to(np.asarray(offset), (batch,))
+    limits = np.asarray(keywords.get("key_lengths") or [keys] * batch)
+    row = np.arange(queries)[None, :, None] + offsets[:, None, None]
+    column = np.arange(keys)[None, None, :]
+    seen = np.broadcast_to(column < limits[:, None, None], (batch, queries, keys)).copy()
+    window = keywords.get("window")
+    if isinstance(window, int):
+        window = (window - 1, 0)
+    left, right = window or (None, None)
+    if keywords.get("causal"):
+        seen &= column <= row
+    if left is not None:
+        seen &= row - column <= left
+    if right is not None:
+        seen &= column - row <= right
+    return seen
+
+
+def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
+    """The truth for arrays [B, H, S, D] of any float dtype, as they are after rounding to it."""
+    q, k, v, dout, dlse = (np.asarray(x).astype(np.float64) for x in (q, k, v, dout, dlse))
+    group = q.shape[1] // k.shape[1]
+    k_full, v_full = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scale = keywords.get("scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    raw = np.einsum("bhsd,bhtd->bhst", q, k_full) * scale
+    cap = keywords.get("softcap")
+    scores = raw if cap is None else cap * np.tanh(raw / cap)
+    slope = np.ones_like(raw) if cap is None else 1 / np.cosh(raw / cap) ** 2
+    bias = keywords.get("bias")
+    if bias is not None:
+        scores = scores + np.asarray(bias).astype(np.float64)
+    seen = np.broadcast_to(visible_pairs(q.shape[2], k.shape[2], q.shape[0], keywords)[:, None], raw.shape)
+    if keywords.get("mask") is not None:
+        seen = seen & np.asarray(keywords["mask"])
+    seen = seen & ~np.isneginf(scores)
+    scores = np.where(seen, scores, -np.inf)
+    some = seen.any(-1, keepdims=True)
+    top = (
+        np.max(np.where(some, scores, 0.0), axis=-1, keepdims=True, initial=-np.inf)
+        if k.shape[2]
+        else np.zeros_like(some, float)
+    )
+    power = np.where(seen, np.exp(np.where(seen, scores - top, -np.inf)), 0.0)
+    total = power.sum(-1, keepdims=True)
+    weights = power / np.where(some, total, 1.0)
+    out = weights @ v_full
+    lse = np.where(some, top + np.log(np.where(some, total, 1.0)), -np.inf)[..., 0]
+
+    # Gradients by the chain rule through the full softmax matrix.
+    dweights = dout @ np.swapaxes(v_full, -1, -2)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True) + dlse[..., None])
+    draw = np.where(seen, dscores * slope * scale, 0.0)
+    fold = (q.shape[0], k.shape[1], group)
+    gradients = {
+        "q": draw @ k_full,
+        "k": (np.swapaxes(draw, -1, -2) @ q).reshape(*fold, *k.shape[2:]).sum(2),
+        "v": (np.swapaxes(weights, -1, -2) @ dout).reshape(*fold, *v.shape[2:]).sum(2),
+    }
+    if bias is not None:
+        shape = np.shape(bias)
+        padded = (1,) * (4 - len(shape)) + shape
+        axes = tuple(i for i in range(4) if padded[i] == 1)
+        gradients["bias"] = dscores.sum(axes, keepdims=True).reshape(shape) if axes else dscores.reshape(shape)
+    largest = float(np.abs(np.where(seen, raw, 0.0)).max(initial=0.0))
+    row_scale = (seen * np.abs(v_full).max(-1)[:, :, None, :]).max(-1, keepdims=True, initial=0.0)
+    return Truth(out, lse, gradients, largest, row_scale)
