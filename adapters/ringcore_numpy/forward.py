@@ -1,0 +1,271 @@
+"""The forward pass over one tile, by blocks of query rows and keys.
+
+The running reference of each row is one more column of q against a column of ones in k, so that the
+product itself gives score - reference. The reference follows the maximum lazily, only when some score exceeds
+it by more than ``_SLACK``; it cancels, so the result stays exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringcore.partial import Partial
+from ringcore.values import Array, Band, Score
+from ringcore_numpy.threads import Job, Scratch
+from ringcore_numpy.tiles import Careful, Span, accumulation, add_edges, blocks, guarded_product, overlap
+
+_ROWS = 256
+_KEYS = 1024
+_STRIP = 4  # blocks of rows that share one prepared block of keys
+_FEWEST = 8  # tasks below which blocks are made smaller; fixed, so that results do not depend on the threads
+_SLACK = 8.0  # exp(8) leaves float32 sums of any length far from overflow
+_COARSE = 64.0  # a reference this far off costs digits of the difference: the product is taken again
+_LARGEST = 65536.0  # references beyond it (a bias of finfo.min before) would drown the scores
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of one query head, and the columns that some of them see."""
+
+    head: int
+    rows: Span
+    columns: Span
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Blocks that read the same key head, computed by one thread."""
+
+    batch: int
+    k_head: int
+    blocks: tuple[_Block, ...]
+
+    @property
+    def area(self) -> int:
+        return sum((b.rows[1] - b.rows[0]) * (b.columns[1] - b.columns[0]) for b in self.blocks)
+
+
+class _Rows:
+    """The running sums of one block of rows, in scratch memory."""
+
+    def __init__(self, slot: int, height: int, depth: int, values: int, dtype: type, scratch: Scratch) -> None:
+        self.q = scratch.take(f"q{slot}", (height, depth + 1), dtype)
+        self.weighted = scratch.take(f"weighted{slot}", (height, values), dtype)
+        self.total, self.reference, self.top = scratch.take(f"rows{slot}", (3, height), dtype)
+        self.settled = False  # whether every row's top is at least -_SLACK, which it stays
+        self.fresh = False  # whether weighted holds nothing yet
+
+
+class Forward:
+    """One call: its tasks, the work of each, and the result."""
+
+    def __init__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        score: Score,
+        band: Band,
+        bias: Array | None,
+        mask: Array | None,
+        state: Partial | None,
+    ) -> None:
+        self._q, self._k, self._v, self._score = q, k, v, score
+        self._dtype = accumulation(q)
+        batch, heads, height = q.shape[:3]
+        self._k_heads, self._width, self._values = v.shape[1:]
+        self._band = band.clipped(height, self._width)
+        self._plain = bias is None and mask is None and score.softcap is None
+        self._careful = Careful(score, self._band, bias, mask, _ROWS)
+        self._keys = _KEYS if self._dtype is np.float32 else _KEYS // 2
+        self._state = state
+        if state is None:
+            shape = (batch, heads, height)
+            empty = (np.empty(s, dtype=self._dtype) for s in ((*shape, self._values), shape, shape))
+            self.result = Partial(*empty)
+        else:
+            self.result = state
+        self._strips = self._plan()
+        self.tasks = len(self._strips)
+
+    def _plan(self) -> list[_Strip]:
+        """The strips, longest first, so that the threads end together."""
+        batch, heads, height, _ = self._q.shape
+        if 0 in (batch, heads, height):
+            return []
+        rows = _ROWS
+        while rows > 32 and batch * heads * -(-height // rows) < _FEWEST:
+            rows //= 2
+        per_strip = max(1, min(_STRIP, batch * heads * -(-height // rows) // (2 * _FEWEST)))
+        group = heads // self._k_heads
+        strips = []
+        for b in range(batch):
+            for k_head in range(self._k_heads):
+                cut = [
+                    _Block(k_head * group + member, span, self._band.columns(*span, self._width))
+                    for span in blocks((0, height), rows)
+                    for member in range(group)
+                ]
+                if self._state is not None:  # what sees nothing stays as it is
+                    cut = [block for block in cut if block.columns[0] < block.columns[1]]
+                strips += [_Strip(b, k_head, tuple(cut[i : i + per_strip])) for i in range(0, len(cut), per_strip)]
+        return sorted(strips, key=lambda strip: -strip.area)
+
+    def work(self, task: int, scratch: Scratch, job: Job) -> None:
+        """Compute one strip. Results are written at its end, so a poisoned block can be done again."""
+        strip = self._strips[task]
+        again = self._strip(strip, strip.blocks, scratch, job, careful=not self._plain)
+        if again:
+            self._strip(strip, again, scratch, job, careful=True)
+
+    def _strip(
+        self, strip: _Strip, chosen: tuple[_Block, ...], scratch: Scratch, job: Job, *, careful: bool
+    ) -> tuple[_Block, ...]:
+        """Compute some blocks of a strip; gives those that need more care than they were given."""
+        depth, values, dtype = self._q.shape[3], self._values, self._dtype
+        pairs = []
+        again = []
+        for slot, block in enumerate(chosen):
+            rows = _Rows(slot, block.rows[1] - block.rows[0], depth, values, dtype, scratch)
+            if self._begin(rows, strip.batch, block) or careful:
+                pairs.append((block, rows))
+            else:
+                again.append(block)
+        seen = [block.columns for block, _ in pairs if block.columns[0] < block.columns[1]]
+        span = (min(s[0] for s in seen), max(s[1] for s in seen)) if seen else (0, 0)
+        for keys in blocks(span, self._keys):
+            k, v = self._load(strip, keys, scratch)
+            for block, rows in pairs:
+                columns = overlap(block.columns, keys)
+                if columns[0] >= columns[1]:
+                    continue
+                job.check()
+                part = slice(columns[0] - keys[0], columns[1] - keys[0])
+                if careful:
+                    self._careful_tile(rows, strip.batch, block, columns, k[part], v[part], scratch)
+                else:
+                    self._tile(rows, block, columns, k[part], v[part], scratch)
+        again += [block for block, rows in pairs if not self._end(rows, strip.batch, block, careful=careful)]
+        return tuple(again)
+
+    def _begin(self, rows: _Rows, batch: int, block: _Block) -> bool:
+        """Take q and the state up; False if the references are too large for the fast tile."""
+        at = (batch, block.head, slice(*block.rows))
+        depth = self._q.shape[3]
+        rows.q[:, :depth] = self._q[at]
+        rows.q[:, :depth] *= self._score.scale
+        rows.total.fill(0)
+        rows.reference.fill(0)
+        rows.top.fill(-np.inf)
+        rows.fresh = self._state is None
+        if self._state is not None:
+            maximum, total = self._state.maximum[at], self._state.total[at]
+            seen = (maximum != -np.inf) & (total != 0)
+            np.copyto(rows.total, total, where=seen)
+            np.copyto(rows.reference, maximum, where=seen)
+            np.copyto(rows.top, 0, where=seen)
+            rows.weighted[...] = self._state.weighted[at]
+            if not seen.all():
+                rows.weighted[~seen] = 0
+        np.negative(rows.reference, out=rows.q[:, depth])
+        return bool(np.max(np.abs(rows.reference)) <= _LARGEST)
+
+    def _load(self, strip: _Strip, keys: Span, scratch: Scratch) -> tuple[Array, Array]:
+        """A block of k with a column of ones, and of v."""
+        at = (strip.batch, strip.k_head, slice(*keys))
+        width, depth = keys[1] - keys[0], self._k.shape[3]
+        k = scratch.take("k", (width, depth + 1), self._dtype)
+        k[:, :depth] = self._k[at]
+        k[:, depth] = 1
+        v = self._v[at]
+        if v.dtype != self._dtype or not v.flags.c_contiguous or not v.flags.aligned:
+            v = scratch.take("v", v.shape, self._dtype)
+            v[...] = self._v[at]
+        return k, v
+
+    def _tile(self, rows: _Rows, block: _Block, columns: Span, k: Array, v: Array, scratch: Scratch) -> None:
+        """Add one block of keys, none of which has a bias or a mask beside the band."""
+        height, width = rows.q.shape[0], k.shape[0]
+        scores = scratch.take("scores", (height, width), self._dtype)
+        np.matmul(rows.q, k.T, out=scores)
+        add_edges(scores, self._band, block.rows, columns, _ROWS)
+        top = np.maximum.reduce(scores, axis=1)
+        np.maximum(top, rows.top, out=top)
+        # Written so that NaN fails, too.
+        if not (np.maximum.reduce(top) <= _SLACK and (rows.settled or np.minimum.reduce(top) >= -_SLACK)):
+            top = self._rebase(rows, block, columns, k, scores, top)
+        else:
+            rows.settled = True
+        rows.top[:] = top
+        np.exp(scores, out=scores)
+        self._accumulate(rows, scores, v, None, scratch)
+
+    def _rebase(self, rows: _Rows, block: _Block, columns: Span, k: Array, scores: Array, top: Array) -> Array:
+        """Move the references of rows whose top left the slack; gives the tops against them."""
+        move = np.where(np.isfinite(top) & (np.abs(top) > _SLACK), top, 0)
+        far = np.max(np.abs(move)) > _COARSE
+        rows.reference += move
+        np.negative(rows.reference, out=rows.q[:, -1])
+        if far:
+            np.matmul(rows.q, k.T, out=scores)
+            add_edges(scores, self._band, block.rows, columns, _ROWS)
+            np.maximum(rows.top - move, np.maximum.reduce(scores, axis=1), out=top)
+        else:
+            scores -= move[:, None]
+            top -= move
+        # A row moves down only before it has seen anything: its sums are 0, and exp could overflow.
+        self._shrink(rows, np.exp(-np.maximum(move, 0)))
+        return top
+
+    def _shrink(self, rows: _Rows, factor: Array) -> None:
+        rows.total *= factor
+        if not rows.fresh:
+            rows.weighted *= factor[:, None]
+
+    def _careful_tile(
+        self, rows: _Rows, batch: int, block: _Block, columns: Span, k: Array, v: Array, scratch: Scratch
+    ) -> None:
+        """Add one block of keys, whatever its bias, mask, softcap and poison."""
+        scores = scratch.take("scores", (rows.q.shape[0], k.shape[0]), self._dtype)
+        np.matmul(rows.q[:, :-1], k[:, :-1].T, out=scores)
+        self._careful.finish(scores, (batch, block.head), block.rows, columns, scratch)
+        visible = None
+        if not np.isfinite(np.sum(v)):
+            visible = self._careful.visible(scores.shape, (batch, block.head), block.rows, columns)
+        old = np.where(rows.top == -np.inf, -np.inf, rows.reference)
+        new = np.maximum(old, np.maximum.reduce(scores, axis=1))
+        base = np.where(new == -np.inf, 0, new)
+        self._shrink(rows, np.exp(old - base))
+        rows.reference[:] = base
+        rows.top[:] = np.where(new == -np.inf, -np.inf, 0)
+        scores -= base[:, None]
+        np.exp(scores, out=scores)
+        self._accumulate(rows, scores, v, visible, scratch)
+
+    def _accumulate(self, rows: _Rows, weights: Array, v: Array, visible: Array | None, scratch: Scratch) -> None:
+        ones = scratch.take("ones", (self._keys,), self._dtype)[: v.shape[0]]
+        ones.fill(1)
+        rows.total += np.matmul(weights, ones)
+        out = rows.weighted if rows.fresh else scratch.take("product", rows.weighted.shape, self._dtype)
+        guarded_product(weights, v, visible, out)
+        if not rows.fresh:
+            rows.weighted += out
+        rows.fresh = False
+
+    def _end(self, rows: _Rows, batch: int, block: _Block, *, careful: bool) -> bool:
+        """Write the rows; False, with nothing written, if poison asks for the careful way."""
+        if rows.fresh:
+            rows.weighted.fill(0)
+        if not careful and not np.isfinite(np.sum(rows.weighted) + np.sum(rows.total)):
+            return False
+        seen = rows.top != -np.inf
+        factor = np.exp(-np.where(seen, rows.top, 0))
+        self._shrink(rows, factor)
+        at = (batch, block.head, slice(*block.rows))
+        self.result.maximum[at] = np.where(seen, rows.reference + rows.top, -np.inf)
+        self.result.total[at] = rows.total
+        self.result.weighted[at] = rows.weighted
+        return True

@@ -1,0 +1,95 @@
+"""The kernels object that ringcore's discovery finds under the name "numpy"."""
+
+from __future__ import annotations
+
+import os
+
+from ringcore.partial import Partial
+from ringcore.values import Array, Capabilities, Gradients, Score, Tile
+from ringcore_numpy.backward import Backward
+from ringcore_numpy.forward import Forward
+from ringcore_numpy.threads import Team
+
+_CAPABILITIES = Capabilities(name="numpy", libraries=frozenset({"numpy"}), devices=frozenset({"cpu"}))
+
+
+class NumpyKernels:
+    """Attention of NumPy arrays over one tile, on ``threads`` threads; see `ringcore.protocols.Kernels`.
+
+    Results do not depend on the number of threads. Float16 and bfloat16 arrays are cast block by block;
+    sums are kept in float32, or in float64 for float64 arrays. Beside its results a call needs a few
+    MiB per thread, whatever the lengths.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._team = Team(threads)
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute, the caller's own among them."""
+        return self._team.threads
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Every dtype, bias, mask, softcap and gradients, for NumPy arrays alone."""
+        return _CAPABILITIES
+
+    def forward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        score: Score,
+        tile: Tile,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        state: Partial | None = None,
+    ) -> Partial:
+        """The tile's partial merged into ``state``, in the buffers of ``state`` or in new ones.
+
+        Shapes: q [B, H, S, D], k [B, Hk, T, D], v [B, Hk, T, E]; bias and mask [B or 1, H or 1, S or 1, T or 1].
+        Gives weighted [B, H, S, E], maximum and total [B, H, S] in float32, or float64 for float64.
+        """
+        call = Forward(q, k, v, score=score, band=tile.band, bias=bias, mask=mask, state=state)
+        self._team.run(call.tasks, call.work)
+        return call.result
+
+    def backward(
+        self,
+        dout: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        maximum: Array,
+        total: Array,
+        delta: Array,
+        *,
+        score: Score,
+        tile: Tile,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        into: Gradients,
+    ) -> Gradients:
+        """``into``, with the tile's gradients added in place; what is None there is not computed.
+
+        Shapes: dout [B, H, S, E]; maximum, total and delta [B, H, S]; the others as in `forward`. A row whose
+        maximum is -inf or whose total is 0 contributes nothing.
+        """
+        call = Backward(
+            dout, q, k, v, maximum, total, delta, score=score, band=tile.band, bias=bias, mask=mask, into=into
+        )
+        self._team.run(call.tasks, call.work)
+        return into
+
+
+def load(sharers: int = 1) -> NumpyKernels:
+    """Kernels for one of ``sharers`` ranks on this machine, which share its cores evenly.
+
+    OMP_NUM_THREADS, if a positive integer, is taken as the thread count of each rank.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if chosen.isdecimal() and int(chosen) > 0:
+        return NumpyKernels(threads=int(chosen))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return NumpyKernels(threads=max(1, cores // max(1, sharers)))
