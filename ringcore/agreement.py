@@ -81,7 +81,7 @@ def note_of(call: str, arguments: Arguments, **further: Any) -> Note:
 
 
 def _compare(due: Note, came: Note, rank: int) -> None:
-    for name in sorted({*due, *came}):
+    for name in {**due, **came}:
         if due.get(name) != came.get(name):
             raise AgreementError(
                 f"the ranks disagree on {name}: {due.get(name)!r} on rank 0, {came.get(name)!r} on rank {rank}. "

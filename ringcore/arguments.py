@@ -171,8 +171,8 @@ def _four_axes(name: str, term: Array, q: Array) -> Array:
     for axis, letter in enumerate("BHS"):
         if term.shape[axis] not in (1, q.shape[axis]):
             raise ShapeError(
-                f"{name} has shape {tuple(term.shape)}; its axis {letter} must be 1 or q's {q.shape[axis]}. With ring= it "
-                "holds this rank's rows and all columns in global order."
+                f"{name} has shape {tuple(term.shape)}; its axis {letter} must be 1 or q's {q.shape[axis]}. With ring= "
+                "it holds this rank's rows and all columns in global order."
             )
     return term
 
