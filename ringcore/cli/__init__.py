@@ -1,0 +1,1 @@
+"""The command line: ``ringcore attend`` and its relatives. Needs the extra "cli"."""

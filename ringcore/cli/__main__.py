@@ -1,0 +1,5 @@
+"""``python -m ringcore.cli`` is the command ``ringcore``."""
+
+from ringcore.cli.main import run
+
+run()

@@ -1,0 +1,181 @@
+"""``ringcore attend``: attention from file to file, in one process or as one rank of many."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ringcore.api import ring_attention
+from ringcore.cli.check import check_rows, chosen_rows, verdict
+from ringcore.cli.failures import Failure, all_do, together
+from ringcore.cli.launcher import join_ring
+from ringcore.cli.options import AttendOptions, check_options
+from ringcore.cli.output import Output
+from ringcore.cli.progress import ReportingKernels, progress_bar
+from ringcore.cli.request import Request, read_request
+from ringcore.cli.summary import Share, lines_of, share_note, summary_of
+from ringcore.cli.tensors import Stored, read_rows
+from ringcore.cli.visible import pairs_of_rows
+from ringcore.protocols import Transport
+from ringcore.values import Array, Spec
+
+
+def attend(options: AttendOptions) -> int:
+    """Run the call; 0, or the error of what went wrong, with nothing left under the output's name."""
+    check_options(options)
+    transport = join_ring()
+    try:
+        _attend(options, transport)
+    except BaseException as error:
+        if transport is not None and not isinstance(error, Failure):
+            transport.abort(error)
+        raise
+    return 0
+
+
+def _attend(options: AttendOptions, transport: Transport | None) -> None:
+    rank, size, sharers = (0, 1, 1) if transport is None else (transport.rank, transport.size, transport.sharers)
+
+    def understand() -> tuple[Request, None]:
+        return read_request(options, rank, size, sharers), None
+
+    request, _ = together(transport, understand)
+    output = Output(request.targets, options.force)
+    share = Share(rank, transport)
+    try:
+        _, (temporary, *_) = together(transport, lambda: (None, output.make() if rank == 0 else []))
+        all_do(transport, partial(output.open, temporary))
+        out, lse = _compute(request, options, transport, share)
+        with share.timed("writing"):
+            all_do(transport, partial(_write, request, output, out, lse))
+            all_do(transport, output.settle)
+        del out, lse
+        found = _checked(request, output, options, transport, rank, share) if options.check else None
+        passed = found is None or bool(found["passed"])
+        if passed:
+            all_do(transport, output.name)
+    finally:
+        output.discard()
+    _, notes = together(transport, lambda: (None, share_note(share)))
+    if rank == 0 and not options.quiet:
+        summary = summary_of(request, options, notes, found)
+        sys.stdout.write(lines_of(summary, options.json))
+        sys.stdout.flush()
+    if found is not None and not passed:
+        raise Failure(f"the check failed: {', '.join(_failures(found))}. {options.out} was not written.", 1)
+
+
+def _compute(
+    request: Request, options: AttendOptions, transport: Transport | None, share: Share
+) -> tuple[Array, Array | None]:
+    """This rank's out and lse [B, H, S, ...] as NumPy arrays."""
+    window = _window(request, transport)
+
+    def read() -> tuple[list[Array], None]:
+        question, (k_shape, v_shape) = request.question, _shapes(request, request.k_layout.lengths[share.rank])
+        q_shape = (*request.arguments.q.shape[:2], request.q_layout.lengths[share.rank], request.arguments.q.shape[3])
+        k, v = window or (np.empty(shape, dtype=request.dtype) for shape in (k_shape, v_shape))
+        q = np.empty(q_shape, dtype=request.dtype)
+        for stored, runs, x in (
+            (question.q, request.q_runs, q), (question.k, request.k_runs, k), (question.v, request.k_runs, v),
+        ):  # fmt: skip
+            read_rows(stored, question.axis, runs, request.in_file_order(x))
+        return [q, k, v], None
+
+    with share.timed("reading"):
+        (q, k, v), _ = together(transport, read)
+        terms, _ = together(transport, lambda: (_terms(request), None))
+    arguments = request.arguments
+    pairs = pairs_of_rows(
+        request.q_runs, arguments.k.shape[2], causal=arguments.causal, window=arguments.window,
+        offsets=arguments.offsets, key_lengths=arguments.key_lengths,
+    )  # fmt: skip
+    share.pairs = pairs * arguments.q.shape[1]
+    share.shard = sum(x.nbytes for x in (q, k, v)) + q.shape[2] * q.shape[1] * q.shape[0] * (
+        v.shape[3] * request.dtype.itemsize + request.wide.itemsize * options.wants_lse
+    )
+    enter = request.backend.enter
+    with (
+        progress_bar(share.pairs, shown=share.rank == 0 and not options.quiet) as report,
+        share.timed("computing"),
+    ):
+        kernels = request.kernels if report is None else ReportingKernels(request.kernels, report)
+        result = ring_attention(
+            enter(q), enter(k), enter(v), ring=transport, kernels=kernels, return_lse=options.wants_lse,
+            **{name: enter(term) for name, term in terms.items()}, **request.keywords,
+        )  # fmt: skip
+    out, lse = result if options.wants_lse else (result, None)
+    return request.backend.leave(out), None if lse is None else request.backend.leave(lse)
+
+
+def _window(request: Request, transport: Transport | None) -> Sequence[Array] | None:
+    """This rank's k and v in memory that the others read, where the transport has any: spares a copy."""
+    allocate = getattr(transport, "allocate", None)
+    if transport is None or allocate is None:
+        return None
+    like = np.empty(0, dtype=request.dtype)
+    specs = {
+        rank: tuple(Spec(shape, like, like.dtype) for shape in _shapes(request, length))
+        for rank, length in enumerate(request.k_layout.lengths)
+    }
+    blocks: Sequence[Array] | None = allocate(specs)
+    return blocks
+
+
+def _shapes(request: Request, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those of k and v with so many rows."""
+    k, v = request.arguments.k.shape, request.arguments.v.shape
+    return (*k[:2], rows, k[3]), (*v[:2], rows, v[3])
+
+
+def _terms(request: Request) -> dict[str, Array]:
+    """This rank's rows of bias and mask."""
+    rows = sum(map(len, request.q_runs))
+    terms = {}
+    for name, stored in (("bias", request.question.bias), ("mask", request.question.mask)):
+        if stored is not None:
+            terms[name] = _term(stored, request.q_runs, rows)
+    return terms
+
+
+def _term(stored: Stored, runs: Sequence[range], rows: int) -> Array:
+    axis = len(stored.shape) - 2
+    if stored.shape[axis] == 1:
+        runs, rows = (range(1),), 1
+    term = np.empty((*stored.shape[:axis], rows, stored.shape[-1]), dtype=stored.dtype)
+    read_rows(stored, axis, runs, term)
+    return term
+
+
+def _write(request: Request, output: Output, out: Array, lse: Array | None) -> None:
+    output.write("out", request.question.axis, request.q_runs, request.in_file_order(out))
+    if lse is not None:
+        output.write("lse", 2, request.q_runs, lse)
+
+
+def _checked(
+    request: Request, output: Output, options: AttendOptions, transport: Transport | None, rank: int, share: Share
+) -> dict[str, Any]:
+    """Every rank's random rows, checked as they were written."""
+    length = request.arguments.q.shape[2]
+    own = [row for row in chosen_rows(length, options.check, options.seed) if any(row in run for run in request.q_runs)]
+
+    def check() -> tuple[None, dict[str, Any]]:
+        lse = output.written("lse") if options.wants_lse else None
+        return None, check_rows(request.question, own, output.written("out"), lse)
+
+    with share.timed("checking"):
+        _, notes = together(transport, check)
+    return verdict(notes, request.question.dtype, options.wants_lse)
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is off by {found[f'{name}_error']:.3g}, and {found[f'{name}_tolerance']:.3g} is allowed"
+        for name in ("out", "lse")
+        if f"{name}_error" in found and not found[f"{name}_error"] <= found[f"{name}_tolerance"]
+    ]
