@@ -79,14 +79,6 @@ def own_segments_removed():
         left.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_world(ranks, nothing_left):
-    """All tests that need ranks, as ``mpiexec -n <ranks> python -m pytest tests/mpi/world``."""
-    due = command(ranks, "-m", "pytest", "-q", str(HERE / "world"))
-    done = subprocess.run(due, env=environment(), timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_a_call_that_ends_well(nothing_left):
     status, lines, output = launch(3, "fine")
     assert status == 0, output
