@@ -74,9 +74,9 @@ def torch(session: nox.Session) -> None:
 
 @nox.session
 def jax(session: nox.Session) -> None:
-    """JAX on the CPU, eager."""
-    install(session, "test", JAX)
-    pytest(session, CONFORMANCE, "--backend", "jax", *session.posargs)
+    """JAX on the CPU, eager. It compiles every operation for every shape, so rings are small and two workers share."""
+    install(session, "test", JAX, "pytest-xdist")
+    pytest(session, CONFORMANCE, "--backend", "jax", "--largest-ring", "3", "-n", "2", *session.posargs)
 
 
 @nox.session

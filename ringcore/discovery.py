@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 
@@ -13,6 +12,9 @@ from ringcore.partial import dtype_name
 from ringcore.protocols import Kernels, Transport
 from ringcore.tile import ReferenceKernels
 from ringcore.values import Array
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 
 def choose_kernels(
@@ -26,7 +28,7 @@ def choose_kernels(
     """
     if asked is not None:
         kernels = _named(asked, sharers) if isinstance(asked, str) else asked
-        if not isinstance(kernels, Kernels):
+        if isinstance(kernels, type) or not isinstance(kernels, Kernels):
             raise KeywordError(f"kernels is {asked!r}; it must be a name or have capabilities, forward and backward.")
         if lack := _lack(kernels, q, v, needs):
             raise UnsupportedError(f"the kernels {kernels.capabilities.name!r} cannot do this call: {lack}.")
@@ -103,6 +105,8 @@ def _loaded(name: str, sharers: int) -> Kernels:
 
 @lru_cache(maxsize=2)
 def _points(group: str) -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # here: it takes a quarter of the time to import ringcore
+
     return {point.name: point for point in entry_points(group=group)}
 
 

@@ -12,6 +12,7 @@ def pytest_addoption(parser):
     group.addoption("--backend", default="numpy", choices=sorted(BACKENDS), help="the array library to test")
     group.addoption("--ring", default="local", choices=("local", "mpi", "mpi-nodes"), help="mpi: under mpiexec")
     group.addoption("--cases", default="pairwise", choices=("few", "pairwise", "all"), help="how much of the table")
+    group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +36,7 @@ def pytest_generate_tests(metafunc):
         from mpi4py import MPI
 
         sizes = tuple(range(1, MPI.COMM_WORLD.size + 1))
+    sizes = tuple(size for size in sizes if size <= metafunc.config.getoption("--largest-ring"))
     choose = {
         "all": lambda: [case for case in every_case() if case.size in sizes],
         "pairwise": lambda: pairwise_cases(sizes),
