@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,10 +23,11 @@ Note = dict[str, Any]
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the ranks told each other: how many rows of q and of k each one holds."""
+    """What the ranks told each other: how many rows of q and of k each one holds, and a name for this call."""
 
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
+    call: str
 
 
 def agree(transport: Transport, check: Callable[[], tuple[Checked, Note]]) -> tuple[Checked, Agreed]:
@@ -39,6 +41,7 @@ def agree(transport: Transport, check: Callable[[], tuple[Checked, Note]]) -> tu
         checked, note = check()
     except Exception as error:  # whatever is wrong here, the peers must hear of it before this rank leaves
         failure, note = error, {"error": f"{type(error).__name__}: {error}"}
+    note = {**note, "name": os.urandom(8).hex()}
     notes = [json.loads(answer) for answer in transport.gather(json.dumps(note).encode())]
     if failure is not None:
         raise failure
@@ -46,18 +49,19 @@ def agree(transport: Transport, check: Callable[[], tuple[Checked, Note]]) -> tu
         if "error" in other:
             raise PeerError(f"rank {rank} refused the call, so rank {transport.rank} did too: {other['error']}")
     lengths = [other.pop("lengths", (0, 0)) for other in notes]
+    names = [other.pop("name") for other in notes]
     for rank, other in enumerate(notes):
         _compare(notes[0], other, rank)
     q_lengths, k_lengths = zip(*lengths, strict=True)
-    return checked, Agreed(tuple(q_lengths), tuple(k_lengths))
+    return checked, Agreed(tuple(q_lengths), tuple(k_lengths), names[0])
 
 
 def note_of(call: str, arguments: Arguments, **further: Any) -> Note:
     """What must be equal on all ranks of a call, plus this rank's lengths."""
     q, k, v = arguments.q, arguments.k, arguments.v
     columns = {
-        name: None if term is None else term.shape[3]
-        for name, term in (("bias columns", arguments.bias), ("mask columns", arguments.mask))
+        f"{name} columns": f"no {name}" if term is None else term.shape[3]
+        for name, term in (("bias", arguments.bias), ("mask", arguments.mask))
     }
     return {
         "call": call,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import array_api_compat
 
 from ringcore.agreement import Note, agree, note_of
-from ringcore.arguments import Arguments, check_arguments, swap_axes
+from ringcore.arguments import Arguments, check_arguments, check_array, check_flag, is_integer, swap_axes, within_range
 from ringcore.discovery import choose_kernels, find_transport, library
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
 from ringcore.layout import Layout
@@ -79,12 +79,12 @@ def ring_attention(
     Source: Liu, Zaharia and Abbeel 2023, arXiv:2310.01889, with the merge of `ringcore.merge`.
     """
     _, session, works, finish = _prepare(
-        "ring_attention", ring, ring_size, kernels, frozenset(), None,
+        "ring_attention", ring, ring_size, kernels, frozenset(), (), return_lse,
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
         query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes,
     )  # fmt: skip
     session.run(works)
-    out, lse, _ = finish(return_lse)
+    out, lse, _ = finish()
     return (out, lse) if return_lse else out
 
 
@@ -117,49 +117,51 @@ def ring_attention_vjp(
 
     The gradient of a bias with one row is, on a ring of processes, this rank's share: add the ranks' shares.
     """
-    wanted = _check_wrt(wrt, bias)
     arguments, session, works, finish = _prepare(
-        "ring_attention_vjp", ring, ring_size, kernels, frozenset({"gradient"}), sorted(wanted),
+        "ring_attention_vjp", ring, ring_size, kernels, frozenset({"gradient"}), wrt, True,
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
         query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes,
     )  # fmt: skip
     session.run(works)
-    out, lse, statistics = finish(True)
+    out, lse, statistics = finish()
+    names = tuple(wrt)
 
     def pullback(dout: Array, dlse: Array | None = None) -> tuple[Array, ...]:
         session.check(lambda: _check_output_gradients(dout, dlse, out, lse), "pullback")
-        return _pull_back(arguments, session, works, statistics, out, dout, dlse, tuple(wrt))
+        return _pull_back(arguments, session, works, statistics, dout, dlse, names)
 
     return (out, lse), pullback
 
 
-Statistics = list[tuple[Array, Array]]
+Statistics = list[tuple[Array, Array, Array]]
+"""For each shard here what the pullback needs of its rows: out before the last cast, maximum and total."""
 
 
 def _prepare(
     call: str, ring: Any, ring_size: int | None, kernels: Kernels | str | None, needs: frozenset[str],
-    wrt: list[str] | None, q: Array, k: Array, v: Array, **keywords: Any,
-) -> tuple[Arguments, Session, list[ForwardWork], Callable[[bool], tuple[Array, Array, Statistics]]]:  # fmt: skip
+    wrt: Sequence[str], with_lse: bool, q: Array, k: Array, v: Array, **keywords: Any,
+) -> tuple[Arguments, Session, list[ForwardWork], Callable[[], tuple[Array, Array, Statistics]]]:  # fmt: skip
     """The checked arguments, where the call runs, its work, and how its results are made once it ran."""
-    if ring is not None and ring_size is not None:
-        raise KeywordError(
-            "ring and ring_size came together: ring= splits over processes, ring_size= in this one. Give one."
-        )
     transport = None if ring is None else find_transport(ring)
 
     def check() -> tuple[tuple[Arguments, Kernels], Note]:
+        # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
+        _check_ring_size(ring, ring_size)
+        check_flag("return_lse", with_lse)
         arguments = check_arguments(q, k, v, **keywords)
+        wanted = sorted(_check_wrt(wrt, arguments.bias)) if "gradient" in needs else None
         terms = {"bias": arguments.bias, "mask": arguments.mask, "softcap": arguments.score.softcap}
         needed = needs | {name for name, term in terms.items() if term is not None}
         sharers = 1 if transport is None else transport.sharers
         chosen, _ = choose_kernels(kernels, arguments.q, arguments.v, needed, sharers)
-        return (arguments, chosen), note_of(call, arguments, wrt=wrt)
+        if transport is not None and transport.size > 1:
+            transport.check(arguments.q, arguments.k, arguments.v)
+        return (arguments, chosen), note_of(call, arguments, wrt=wanted)
 
     session: Session
     if transport is None:
-        size = _check_ring_size(ring_size)
         (arguments, chosen), _ = check()
-        session = LocalSession(arguments, size)
+        session = LocalSession(arguments, _check_ring_size(ring, ring_size))
     else:
         (arguments, chosen), agreed = agree(transport, check)
         session = ProcessSession(transport, arguments, agreed)
@@ -168,17 +170,19 @@ def _prepare(
         session.split(x, layout)
         for x, layout in ((arguments.q, deal.q_layout), (arguments.k, deal.k_layout), (arguments.v, deal.k_layout))
     )
-    biases, masks = (split_term(session, term, len(qs)) for term in (arguments.bias, arguments.mask))
+    terms = within_range(arguments.bias, arguments.q), arguments.mask
+    biases, masks = (split_term(session, term, len(qs)) for term in terms)
     works = [
         ForwardWork(*parts, score=arguments.score, kernels=chosen, lengths=deal.k_layout.lengths)
         for parts in zip(qs, ks, vs, biases, masks, strict=True)
     ]
 
-    def finish(with_lse: bool) -> tuple[Array, Array, Statistics]:
+    def finish() -> tuple[Array, Array, Statistics]:
         partials = [work.take_result() for work in works]
         lse = session.join([partial.lse for partial in partials], deal.q_layout) if with_lse else None
-        statistics = [(partial.maximum, partial.total) for partial in partials]
-        out = session.join([_normalised(partial, arguments.q) for partial in partials], deal.q_layout)
+        statistics = [(_normalised(partial), partial.maximum, partial.total) for partial in partials]
+        xp, dtype = array_api_compat.array_namespace(arguments.q), arguments.q.dtype
+        out = session.join([xp.astype(wide, dtype, copy=False) for wide, _, _ in statistics], deal.q_layout)
         return swap_axes(out, arguments.axes), lse, statistics
 
     return arguments, session, works, finish
@@ -186,17 +190,15 @@ def _prepare(
 
 def _pull_back(
     arguments: Arguments, session: Session, works: Sequence[ForwardWork], statistics: Statistics,
-    out: Array, dout: Array, dlse: Array | None, wrt: tuple[str, ...],
+    dout: Array, dlse: Array | None, wrt: tuple[str, ...],
 ) -> tuple[Array, ...]:  # fmt: skip
-    xp = array_api_compat.array_namespace(out)
+    xp = array_api_compat.array_namespace(dout)
     deal, axes, wide = session.deal, arguments.axes, accumulation_dtype(arguments.q)
-    outs, douts = (session.split(swap_axes(x, axes), deal.q_layout) for x in (out, dout))
+    douts = session.split(swap_axes(dout, axes), deal.q_layout)
     dlses = [None] * len(works) if dlse is None else session.split(dlse, deal.q_layout)
     backward = []
-    for work, out_part, dout_part, dlse_part, (maximum, total) in zip(
-        works, outs, douts, dlses, statistics, strict=True
-    ):
-        delta = xp.sum(xp.astype(out_part, wide) * xp.astype(dout_part, wide), axis=-1)
+    for work, dout_part, dlse_part, (out, maximum, total) in zip(works, douts, dlses, statistics, strict=True):
+        delta = xp.sum(out * xp.astype(dout_part, wide), axis=-1)
         delta = delta if dlse_part is None else delta - xp.astype(dlse_part, wide)
         backward.append(BackwardWork(dout_part, work, maximum, total, delta, frozenset(wrt)))
     carried = session.run(backward)
@@ -215,44 +217,51 @@ def _pull_back(
     return tuple(gradients[name] for name in wrt)
 
 
-def _normalised(partial: Partial, like: Array) -> Array:
-    """The partial's out in like's dtype; the buffers of ``partial.weighted`` are used up."""
+def _normalised(partial: Partial) -> Array:
+    """The partial's out in its own dtype; the buffers of ``partial.weighted`` are used up."""
     xp = array_api_compat.array_namespace(partial.weighted)
     out = xp.astype(partial.weighted, partial.total.dtype, copy=False)
     out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
-    return xp.astype(out, like.dtype, copy=False)
+    return out
 
 
-def _check_ring_size(ring_size: int | None) -> int:
+def _check_ring_size(ring: Any, ring_size: int | None) -> int:
     if ring_size is None:
         return 1
-    if isinstance(ring_size, bool) or not isinstance(ring_size, int) or ring_size < 1:
+    if ring is not None:
+        raise KeywordError(
+            f"ring and ring_size={ring_size!r} came together: ring= splits over processes, ring_size= in this one. "
+            "Give one."
+        )
+    if not is_integer(ring_size) or ring_size < 1:
         raise KeywordError(f"ring_size is {ring_size!r}; it must be a whole number of ranks, 1 or more.")
-    return ring_size
+    return int(ring_size)
 
 
-def _check_wrt(wrt: Sequence[str], bias: Array | None) -> set[str]:
-    names = list(wrt) if not isinstance(wrt, str) else [wrt]
-    if isinstance(wrt, str) or not names or len(set(names)) != len(names) or not set(names) <= set(_GRADIENTS):
+def _check_wrt(wrt: Sequence[str], bias: Array | None) -> list[str]:
+    names = list(wrt) if isinstance(wrt, Sequence) and not isinstance(wrt, str) else []
+    if not names or any(name not in _GRADIENTS or names.count(name) > 1 for name in names):
         raise KeywordError(f"wrt is {wrt!r}; it must hold some of {', '.join(_GRADIENTS)}, each once, in a tuple.")
     if "bias" in names and bias is None:
         raise KeywordError('wrt holds "bias", but there is no bias. Give bias= or leave it out of wrt.')
-    return set(names)
+    return names
 
 
 def _check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Array) -> None:
-    for name, gradient, result in (("dout", dout, out), ("dlse", dlse, lse)):
-        if name == "dlse" and gradient is None:
-            continue
-        if gradient is None or not array_api_compat.is_array_api_obj(gradient) or library(gradient) != library(result):
+    given = [("dout", dout, out)] if dlse is None else [("dout", dout, out), ("dlse", dlse, lse)]
+    for name, gradient, result in given:
+        check_array(name, gradient)
+        if library(gradient) != library(result):
             raise DeviceError(
-                f"{name} is a {type(gradient).__name__}; it must be an array of {library(result)}, like q."
+                f"{name} is an array of {library(gradient)}, but q one of {library(result)}. Convert it first, for "
+                "example with that library's from_dlpack."
             )
-        if str(array_api_compat.device(gradient)) != str(array_api_compat.device(result)):
-            raise DeviceError(f"{name} is on another device than q. Move it first.")
+        came, due = (str(array_api_compat.device(x)) for x in (gradient, result))
+        if came != due:
+            raise DeviceError(f"{name} is on the device {came}, but q on {due}. Move it there first.")
         if tuple(gradient.shape) != tuple(result.shape):
             raise ShapeError(
-                f"{name} has shape {tuple(gradient.shape)}; it must be that of its result, {tuple(result.shape)}."
+                f"{name} has shape {tuple(gradient.shape)}; it must be that of {name[1:]}, {tuple(result.shape)}."
             )
         if dtype_name(gradient) != dtype_name(result):
-            raise DtypeError(f"{name} holds {dtype_name(gradient)}; it must be its result's {dtype_name(result)}.")
+            raise DtypeError(f"{name} holds {dtype_name(gradient)}; it must be {name[1:]}'s {dtype_name(result)}.")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import array_api_compat
 
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, UnsupportedError
 from ringcore.layout import Layout, check_layout_name
-from ringcore.partial import FLOATING, dtype_name
+from ringcore.partial import FLOATING, accumulation_dtype, dtype_name
 from ringcore.values import Array, Score
 
 AXES = ("bhsd", "bshd")
@@ -49,21 +50,19 @@ def check_arguments(
     bias: Array | None, mask: Array | None, query_offset: Any, key_lengths: Any, layout: str | Layout, axes: str,
 ) -> Arguments:  # fmt: skip
     """The arguments in full, or the first error among them. Lengths across ranks are checked later."""
-    if axes not in AXES:
+    if not isinstance(axes, str) or axes not in AXES:
         raise KeywordError(f'axes is {axes!r}; it must be "bhsd" (batch, heads, sequence, width) or "bshd".')
     _check_arrays({"q": q, "k": k, "v": v, "bias": bias, "mask": mask})
-    q, k, v = (swap_axes(x, axes) for x in (q, k, v))
-    _check_shapes(q, k, v, axes)
+    q, k, v = _checked_shapes(q, k, v, axes)
     check_layout_name(layout)
-    batch, width = q.shape[0], q.shape[3]
-    if not isinstance(causal, bool) and type(causal).__name__ not in ("bool", "bool_"):
-        raise KeywordError(f"causal is {causal!r}; it must be True or False.")
+    check_flag("causal", causal)
+    batch = q.shape[0]
     return Arguments(
         q, k, v,
         bias=None if bias is None else _four_axes("bias", bias, q),
         bias_shape=() if bias is None else tuple(bias.shape),
         mask=None if mask is None else _four_axes("mask", mask, q),
-        score=Score(_scale(scale, width), _softcap(softcap)),
+        score=Score(_scale(scale, q), _softcap(softcap, q)),
         causal=bool(causal),
         window=check_window(window, bool(causal)),
         offsets=tuple(_integers("query_offset", query_offset, batch)),
@@ -83,7 +82,7 @@ def check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:
     """``window`` as (left, right); an int w counts the positions that a causal query sees, itself included."""
     if window is None:
         return None, None
-    if _is_integer(window):
+    if is_integer(window):
         if not causal:
             raise KeywordError(
                 f"window is the single number {window}, which is defined for causal=True only. "
@@ -95,7 +94,7 @@ def check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:
     if not isinstance(window, Sequence) or isinstance(window, str) or len(window) != 2:
         raise KeywordError(f"window is {window!r}; it must be (left, right), None, or with causal=True a number.")
     for side in window:
-        if side is not None and (not _is_integer(side) or side < 0):
+        if side is not None and (not is_integer(side) or side < 0):
             raise KeywordError(
                 f"window is {window!r}; each side must be None (unbounded) or an integer from 0 (itself only) on."
             )
@@ -103,14 +102,35 @@ def check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:
     return left, right
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise KeywordError unless ``value`` is True or False, also as NumPy's scalar."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise KeywordError(f"{name} is {value!r}; it must be True or False.")
+
+
+def check_array(name: str, x: Any) -> None:
+    """Raise unless x is an array all of which attention can honour: no hidden mask, no gradient to be recorded."""
+    if not array_api_compat.is_array_api_obj(x):
+        raise DtypeError(f"{name} is a {type(x).__name__}; it must be an array of NumPy, CuPy, Torch, JAX or the like.")
+    if type(x).__name__ == "MaskedArray":
+        raise UnsupportedError(
+            f"{name} is a masked array, whose mask attention would not see. Give {name}.data, and say with mask= "
+            "which keys a query may attend."
+        )
+    if array_api_compat.is_torch_array(x) and str(x.layout) != "torch.strided":
+        raise UnsupportedError(f"{name} is a tensor of layout {x.layout}; attention is defined for dense ones.")
+    if getattr(x, "requires_grad", False) is True:
+        raise UnsupportedError(
+            f"{name} requires grad, but Torch's autograd does not see through the ring. Call "
+            "ringcore.ring_attention_vjp with detached tensors and use the pullback that it returns."
+        )
+
+
 def _check_arrays(arrays: dict[str, Any]) -> None:
-    given = {name: x for name, x in arrays.items() if x is not None}
+    given = {name: x for name, x in arrays.items() if x is not None or name in ("q", "k", "v")}
     libraries = {}
     for name, x in given.items():
-        if not array_api_compat.is_array_api_obj(x):
-            raise DtypeError(
-                f"{name} is a {type(x).__name__}; it must be an array of NumPy, CuPy, Torch, JAX or the like."
-            )
+        check_array(name, x)
         libraries[name] = array_api_compat.array_namespace(x).__name__.removeprefix("array_api_compat.")
     if len(set(libraries.values())) > 1:
         raise DeviceError(
@@ -134,19 +154,15 @@ def _check_arrays(arrays: dict[str, Any]) -> None:
         raise DtypeError(
             f"bias holds {dtype_name(bias)}; it is added to the scores and must be one of {', '.join(FLOATING)}."
         )
-    for name, x in given.items():
-        if getattr(x, "requires_grad", False) is True:
-            raise UnsupportedError(
-                f"{name} requires grad, but Torch's autograd does not see through the ring. Call "
-                "ringcore.ring_attention_vjp with detached tensors and use the pullback that it returns."
-            )
 
 
-def _check_shapes(q: Array, k: Array, v: Array, axes: str) -> None:
+def _checked_shapes(q: Array, k: Array, v: Array, axes: str) -> tuple[Array, Array, Array]:
+    """q, k and v as [B, H, S, D], whose lengths fit each other."""
     letters = "[B, H, S, D]" if axes == "bhsd" else "[B, S, H, D]"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ShapeError(f"{name} has {x.ndim} axes, shape {tuple(x.shape)}; it must have four, {letters}.")
+    q, k, v = (swap_axes(x, axes) for x in (q, k, v))
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [B, H, S, D]"
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ShapeError(f"q, k and v must share the batch size, but came as {shapes}.")
@@ -154,27 +170,41 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: str) -> None:
         raise ShapeError(f"k and v must share heads and length, but came as {shapes}.")
     if q.shape[3] != k.shape[3]:
         raise ShapeError(f"q and k must share the width D, but came as {shapes}.")
-    if q.shape[3] < 1 or v.shape[3] < 1 or k.shape[1] < 1:
+    if min(q.shape[3], v.shape[3], q.shape[1], k.shape[1]) < 1:
         raise ShapeError(f"widths and heads must be at least 1, but came as {shapes}.")
-    if q.shape[1] % k.shape[1] or q.shape[1] < 1:
+    if q.shape[1] % k.shape[1]:
         raise ShapeError(
             f"q has {q.shape[1]} heads, which the {k.shape[1]} heads of k and v do not divide. "
             "Grouped heads need a whole number of query heads for each key head."
         )
+    return q, k, v
 
 
 def _four_axes(name: str, term: Array, q: Array) -> Array:
+    came = tuple(term.shape)
     if not 2 <= term.ndim <= 4:
-        raise ShapeError(f"{name} has {term.ndim} axes, shape {tuple(term.shape)}; it must broadcast to [B, H, S, N].")
+        raise ShapeError(
+            f"{name} has {term.ndim} axes, shape {came}; it must have two to four, the last ones of [B, H, S, N]. "
+            "What is one for all rows has 1 in the place of S."
+        )
     xp = array_api_compat.array_namespace(term)
-    term = xp.reshape(term, (1,) * (4 - term.ndim) + tuple(term.shape)) if term.ndim < 4 else term
+    term = xp.reshape(term, (1,) * (4 - term.ndim) + came) if term.ndim < 4 else term
     for axis, letter in enumerate("BHS"):
         if term.shape[axis] not in (1, q.shape[axis]):
             raise ShapeError(
-                f"{name} has shape {tuple(term.shape)}; its axis {letter} must be 1 or q's {q.shape[axis]}. With ring= "
-                "it holds this rank's rows and all columns in global order."
+                f"{name} has shape {came}; its axis {letter} must be 1 or q's {q.shape[axis]} to fit [B, H, S, N]. "
+                "With ring= it holds this rank's rows and all columns in global order."
             )
     return term
+
+
+def within_range(bias: Array | None, q: Array) -> Array | None:
+    """The bias with its finite numbers in the range of the scores: one that rounded to -inf would hide its key."""
+    if bias is None or dtype_name(bias) != "float64" or dtype_name(q) == "float64":
+        return bias
+    xp = array_api_compat.array_namespace(bias)
+    largest = float(xp.finfo(accumulation_dtype(q)).max)
+    return xp.where(xp.isfinite(bias), xp.clip(bias, -largest, largest), bias)
 
 
 def check_columns(arguments: Arguments, keys: int) -> None:
@@ -190,57 +220,73 @@ def check_columns(arguments: Arguments, keys: int) -> None:
             raise KeywordError(f"key_lengths is {length} for batch entry {entry}, but there are only {keys} keys.")
 
 
-def _scale(scale: Any, width: int) -> float:
+def _scale(scale: Any, q: Array) -> float:
     if scale is None:
-        return float(1 / math.sqrt(width))
-    return _finite("scale", scale)
+        return float(1 / math.sqrt(q.shape[3]))
+    return _number("scale", scale, q)
 
 
-def _softcap(softcap: Any) -> float | None:
+def _softcap(softcap: Any, q: Array) -> float | None:
     if softcap is None:
         return None
-    if (value := _finite("softcap", softcap)) <= 0:
-        raise KeywordError(f"softcap is {softcap!r}; it must be larger than 0, or None for no cap.")
+    value = _number("softcap", softcap, q)
+    # A cap is divided by: one that rounds to 0 in the scores' dtype would give NaN.
+    smallest = float(array_api_compat.array_namespace(q).finfo(accumulation_dtype(q)).smallest_normal)
+    if value < smallest:
+        due = "larger than 0" if value <= 0 else f"at least {smallest:.2g} for {dtype_name(q)} arrays"
+        raise KeywordError(f"softcap is {softcap!r}; it must be {due}, or None for no cap.")
     return value
 
 
-def _finite(name: str, value: Any) -> float:
+def _number(name: str, value: Any, q: Array) -> float:
+    """A real number on the host that the scores' dtype can hold."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    dtype = str(getattr(value, "dtype", "")).rpartition(".")[2]
+    if not real and not (getattr(value, "shape", None) == () and (is_integer(value) or dtype in FLOATING)):
+        raise KeywordError(f"{name} is {value!r}; it must be a real number.")
+    if getattr(value, "requires_grad", False) is True:
+        raise UnsupportedError(f"{name} requires grad, but no gradient with respect to it is made. Give a number.")
     try:
         number = float(value)
-    except (TypeError, ValueError) as exc:
-        raise KeywordError(f"{name} is {value!r}; it must be a number.") from exc
-    if not math.isfinite(number):
-        raise KeywordError(f"{name} is {number}; it must be finite.")
+    except OverflowError:
+        number = math.inf
+    xp, wide = array_api_compat.array_namespace(q), "float64" if dtype_name(q) == "float64" else "float32"
+    if not abs(number) <= float(xp.finfo(accumulation_dtype(q)).max):  # so that NaN fails, too
+        raise KeywordError(f"{name} is {number}; it must be finite in {wide}, in which scores are kept.")
     return number
 
 
 def _key_lengths(key_lengths: Any, batch: int) -> tuple[int, ...]:
     lengths = tuple(_integers("key_lengths", key_lengths, batch))
     if min(lengths, default=0) < 0:
-        raise KeywordError(f"key_lengths is {list(lengths)}; a number of keys cannot be negative.")
+        raise KeywordError(f"key_lengths is {list(lengths)}; a number of keys is 0 or more.")
     return lengths
 
 
 def _integers(name: str, value: Any, batch: int) -> list[int]:
     """One host integer per batch entry, from one number or a sequence."""
-    if _is_integer(value):
+    if is_integer(value):
         if name == "key_lengths":
             raise KeywordError(
                 f"key_lengths is the number {value}; give one number for each of the {batch} batch entries."
             )
         return [int(value)] * batch
+    due = "be an integer, or hold one" if name == "query_offset" else "hold one integer"
+    due = f"it must {due} for each of the {batch} batch entries"
     try:
-        entries = [value[i] for i in range(len(value))]
-        if not all(_is_integer(entry) for entry in entries):
+        length = value.shape[0] if getattr(value, "shape", ()) else len(value)  # not every array has a len
+        entries = [value[i] for i in range(length)]
+        if not all(is_integer(entry) for entry in entries):
             raise TypeError
-    except (TypeError, IndexError) as exc:
-        raise KeywordError(f"{name} is {value!r}; it must hold integers, one for each batch entry.") from exc
-    if len(entries) != batch:
-        raise KeywordError(f"{name} has {len(entries)} entries, but the batch has {batch}.")
+    except (TypeError, LookupError) as exc:
+        raise KeywordError(f"{name} is {value!r}; {due}.") from exc
+    if length != batch:
+        raise KeywordError(f"{name} has {length} entries; {due}.")
     return [int(entry) for entry in entries]
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is a whole number of the host or an array without axes that holds one; bool is none."""
     if isinstance(value, bool):
         return False
     if isinstance(value, int):

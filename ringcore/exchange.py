@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ringcore.arrays import slice_of
 from ringcore.protocols import OneSided, Pending, Transport
 from ringcore.ring import Loop
-from ringcore.values import Begin, Blocks, Move, Spec
+from ringcore.values import Array, Begin, Blocks, Move, Spec
 
 
 def run_rank(loop: Loop, transport: Transport) -> Blocks | None:
@@ -43,6 +44,10 @@ class InPlace:
             transport.sharers,
         )
 
+    def check(self, *arrays: Array) -> None:
+        """Raise UnsupportedError for arrays that cannot be carried."""
+        self.transport.check(*arrays)
+
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note."""
         return self.transport.gather(note)
@@ -62,7 +67,9 @@ class InPlace:
             return self.transport.exchange(kind, sends, receives)
         reaches = self.transport.reaches
         fetched = {
-            move: self.transport.fetch(move.block, move.rows) for move, _ in receives if reaches(self.rank, move.block)
+            move: self.transport.fetch(move.block, None if move.rows is None else slice_of(move.rows))
+            for move, _ in receives
+            if reaches(self.rank, move.block)
         }
         messages = self.transport.exchange(
             kind,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ringcore.errors import LayoutError
 
@@ -24,6 +24,10 @@ class Layout:
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        for rank, shard in enumerate(self.shards):
+            for piece in shard:
+                if not isinstance(piece, range) or piece.step < 1:
+                    raise LayoutError(f"rank {rank} holds {piece!r}: a shard is made of ranges with a positive step.")
         shards = tuple(tuple(piece for piece in shard if len(piece)) for shard in self.shards)
         object.__setattr__(self, "shards", shards)
         if not shards:
@@ -31,8 +35,6 @@ class Layout:
         owned = bytearray(self.length)
         for rank, shard in enumerate(shards):
             for piece in shard:
-                if not isinstance(piece, range) or piece.step < 1:
-                    raise LayoutError(f"rank {rank} holds {piece!r}: a shard is made of ranges with a positive step.")
                 if piece[0] < 0 or piece[-1] >= self.length:
                     raise LayoutError(
                         f"rank {rank} holds {piece!r}, but the {self.length} positions of this layout "
@@ -64,25 +66,30 @@ class Layout:
 
 def contiguous(length: int, size: int) -> Layout:
     """Consecutive pieces, one for each rank; the first ``length % size`` are one longer."""
+    _check_counts(length, size)
     return Layout(tuple((piece,) for piece in _pieces(length, size)), "contiguous")
 
 
 def striped(length: int, size: int) -> Layout:
     """Rank r holds positions r, r + size, r + 2 size, and so on (Brandon et al. 2023, arXiv:2311.09431)."""
+    _check_counts(length, size)
     return Layout(tuple((range(rank, length, size),) for rank in range(size)), "striped")
 
 
 def zigzag(length: int, size: int) -> Layout:
     """Rank r holds pieces r and 2 size - 1 - r out of 2 size, so that causal work is even."""
+    _check_counts(length, size)
     pieces = _pieces(length, 2 * size)
     return Layout(tuple((pieces[rank], pieces[2 * size - 1 - rank]) for rank in range(size)), "zigzag")
 
 
 def from_lengths(lengths: Iterable[int]) -> Layout:
     """Consecutive pieces of the given lengths, one for each rank."""
-    ends = list(accumulate(lengths))
-    starts = [0, *ends[:-1]]
-    return Layout(tuple((range(start, end),) for start, end in zip(starts, ends, strict=True)), "contiguous")
+    lengths = list(lengths)
+    if min(lengths, default=0) < 0:
+        raise LayoutError(f"the lengths are {lengths}; a rank holds 0 rows or more.")
+    ends = [0, *accumulate(lengths)]
+    return Layout(tuple((range(start, end),) for start, end in pairwise(ends)), "contiguous")
 
 
 NAMED: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
@@ -126,6 +133,13 @@ def check_layout_name(layout: object) -> None:
     """Raise LayoutError unless ``layout`` is a Layout or the name of one."""
     if not isinstance(layout, Layout) and (not isinstance(layout, str) or layout not in NAMED):
         raise LayoutError(f"layout is {layout!r}; it must be a ringcore.Layout or one of {', '.join(NAMED)}.")
+
+
+def _check_counts(length: int, size: int) -> None:
+    if length < 0 or size < 1:
+        raise LayoutError(
+            f"{length} positions over {size} ranks: there must be 0 positions or more, and 1 rank or more."
+        )
 
 
 def _pieces(length: int, count: int) -> list[range]:

@@ -16,7 +16,7 @@ def run_local(loops: Sequence[Loop]) -> list[Blocks | None]:
 
     Raises TransportError if the plans wait for each other for ever.
     """
-    mail: dict[tuple[str, int, int, int, Any], deque[Blocks]] = {}
+    mail: dict[tuple[str, int, int, int, range | None], deque[Blocks]] = {}
     results: list[Blocks | None] = [None] * len(loops)
     # What each rank waits for: the receives of the Begin that its Finish named, or None to just go on.
     waiting: dict[int, tuple[str, tuple[Move, ...]] | None] = dict.fromkeys(range(len(loops)))
@@ -27,7 +27,7 @@ def run_local(loops: Sequence[Loop]) -> list[Blocks | None]:
             reply: Any = None
             if wanted is not None:
                 kind, moves = wanted
-                boxes = [mail.get((kind, move.peer, rank, move.block, _span(move))) for move in moves]
+                boxes = [mail.get((kind, move.peer, rank, move.block, move.rows)) for move in moves]
                 if not all(boxes):
                     continue
                 reply = {move: box.popleft() for move, box in zip(moves, boxes, strict=True) if box}
@@ -50,10 +50,5 @@ def _advance(loop: Loop, rank: int, reply: Any, mail: dict[Any, deque[Blocks]]) 
             kind, moves = request.token
             return kind, moves
         for move, blocks in request.sends:
-            mail.setdefault((request.kind, rank, move.peer, move.block, _span(move)), deque()).append(blocks)
+            mail.setdefault((request.kind, rank, move.peer, move.block, move.rows), deque()).append(blocks)
         reply = request.kind, tuple(move for move, _ in request.receives)
-
-
-def _span(move: Move) -> Any:
-    rows = move.rows
-    return None if rows is None else (rows.start, rows.stop, rows.step)

@@ -88,6 +88,10 @@ class Transport(Protocol):
     node: int
     sharers: int
 
+    def check(self, *arrays: Array) -> None:
+        """Raise UnsupportedError, by name, for arrays that it cannot carry: asked before anything is sent."""
+        ...
+
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks: small, on the host, with a deadline."""
         ...

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
 
-from ringcore.arrays import key_index, put, row_index, term_index
+from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
 from ringcore.merge import empty_partial
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.protocols import Kernels
@@ -39,8 +39,11 @@ class Work(Protocol):
         """Compute the tiles; the accumulators that must go home with the block."""
         ...
 
-    def combine(self, arrived: Blocks, share: Blocks) -> Blocks:
-        """Accumulators of disjoint work as one; the buffers of ``arrived`` may be reused."""
+    def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
+        """Accumulators of disjoint work as one; ``rows`` are those of ``share`` that arrived, None is all of them.
+
+        Buffers may be reused, except where the plan sends one rank's accumulators to several.
+        """
         ...
 
 
@@ -85,7 +88,7 @@ def ring(plan: Plan, work: Work) -> Loop:
         for block in step.drops:
             del held[block]
     for move, token in homecoming:
-        own = work.combine((yield Finish(token))[move], own or ())
+        own = work.combine((yield Finish(token))[move], own or (), move.rows)
     while leaving:
         yield Finish(leaving.pop())
     return own
@@ -134,7 +137,7 @@ class ForwardWork:
                 self.state = Partial(*(put(x, rows, new) for x, new in zip(_fields(state), _fields(part), strict=True)))
         return ()
 
-    def combine(self, arrived: Blocks, share: Blocks) -> Blocks:
+    def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """Never called: nothing is carried."""
         raise NotImplementedError
 
@@ -194,20 +197,23 @@ class BackwardWork:
                 )
         return tuple(x for x in (dk, dv) if x is not None)
 
-    def combine(self, arrived: Blocks, share: Blocks) -> Blocks:
+    def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """The sums, in the order in which the block visited."""
-        return tuple(_sum(first, second) for first, second in zip(arrived, share, strict=True))
+        if rows is None:
+            return tuple(_sum(first, second) for first, second in zip(arrived, share, strict=True))
+        part = slice(None), slice(None), slice_of(rows), ...
+        return tuple(add(whole, part, gained) for gained, whole in zip(arrived, share, strict=True))
 
     def _carried(self) -> list[Array]:
         return [x for name, x in (("k", self.forward.k), ("v", self.forward.v)) if name in self.wanted]
 
 
-def _rows(blocks: Blocks, rows: slice | None) -> Blocks:
-    return blocks if rows is None else tuple(x[:, :, rows, ...] for x in blocks)
+def _rows(blocks: Blocks, rows: range | None) -> Blocks:
+    return blocks if rows is None else tuple(x[:, :, slice_of(rows), ...] for x in blocks)
 
 
 def _block_spec(x: Array, dtype: Any, lengths: Sequence[int], move: Move) -> Spec:
-    height = lengths[move.block] if move.rows is None else len(range(lengths[move.block])[move.rows])
+    height = lengths[move.block] if move.rows is None else len(move.rows)
     return Spec((*x.shape[:2], height, x.shape[3]), x, dtype)
 
 

@@ -81,7 +81,7 @@ class ProcessSession:
     """This rank of a ring of processes."""
 
     def __init__(self, transport: Transport, arguments: Arguments, agreed: Agreed) -> None:
-        self.transport = transport
+        self.transport, self.call = transport, agreed.call
         q_layout = layout_of_lengths(arguments.layout, agreed.q_lengths, "q")
         k_layout = layout_of_lengths(arguments.layout, agreed.k_lengths, "k")
         self.deal = _deal(arguments, q_layout, k_layout)
@@ -109,7 +109,7 @@ class ProcessSession:
 
         def checked() -> tuple[None, Note]:
             check()
-            return None, {"call": name}
+            return None, {"call": name, f"the call that this {name} belongs to": self.call}
 
         agree(self.transport, checked)
 

@@ -124,12 +124,16 @@ class _Block:
         return Partial(*(_ungrouped(x) for x in (self.product(weights, self.v), maximum, total)))
 
     def weights(self, maximum: Array, total: Array) -> Array:
-        """exp(s - maximum) / total with the finished row's statistics; 0 in rows that saw no key."""
+        """exp(s - maximum) / total with the finished row's statistics; 0 in rows that saw no key.
+
+        A hidden pair has 0 also in a row that a poisoned key has made NaN: it must not reach other keys' gradients.
+        """
         xp = self.xp
         seen = ((maximum != -math.inf) & (total != 0))[..., None]
         scores = xp.where(seen, self.scores, -math.inf)
         reference = xp.where(seen, maximum[..., None], 0.0)
-        return xp.exp(scores - reference) / xp.where(seen, total[..., None], 1.0)
+        weights = xp.exp(scores - reference) / xp.where(seen, total[..., None], 1.0)
+        return xp.where(scores == -math.inf, 0.0, weights)
 
     def score_gradient(self, weights: Array, dout: Array, delta: Array) -> Array:
         """The gradient of the scores after softcap, bias and mask."""

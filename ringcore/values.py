@@ -108,12 +108,12 @@ class Score:
 class Move:
     """One block on its way: ``block`` is the rank that owns it, ``peer`` where it goes to or comes from.
 
-    rows: the part of the owner's rows that travels; None is all of them.
+    rows: the part of the owner's rows that travels, straight from or to the owner; None is all of them.
     """
 
     peer: int
     block: int
-    rows: slice | None = None
+    rows: range | None = None
 
 
 @dataclass(frozen=True)

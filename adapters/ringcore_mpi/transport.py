@@ -11,7 +11,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ringcore import Blocks, KeywordError, Move, RingTimeout, Spec, TransportError
-from ringcore_mpi.buffers import size_of
+from ringcore_mpi.buffers import check_array, size_of
 from ringcore_mpi.circle import Circle
 from ringcore_mpi.ending import at_exit
 from ringcore_mpi.launcher import check_launcher
@@ -77,6 +77,11 @@ class MpiTransport:
     def windows(self) -> int:
         """How many shared windows this rank has a part in."""
         return self._sharing.windows
+
+    def check(self, *arrays: Any) -> None:
+        """Raise UnsupportedError unless all are NumPy's arrays or Torch's in host memory."""
+        for x in arrays:
+            check_array(x)
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
