@@ -21,12 +21,13 @@ from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.partition import shard, unshard
 from ringcore.protocols import Kernels, OneSided, Pending, Transport
-from ringcore.values import Band, Blocks, Capabilities, Gradients, Move, Plan, Score, Spec, Step, Tile
+from ringcore.values import Array, Band, Blocks, Capabilities, Gradients, Move, Plan, Score, Spec, Step, Tile
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AgreementError",
+    "Array",
     "Band",
     "Blocks",
     "Capabilities",

@@ -55,9 +55,8 @@ def attend(q, k, v, dout, dlse, *, scale, bias=None, **visible):
         out[b, h, i] = weights @ v[at][seen]
         slopes = weights * ((v[at][seen] - out[b, h, i]) @ dout[b, h, i] + dlse[b, h, i]) * WIDE(scale)
         dq[b, h, i] = slopes @ k[at][seen]
-        for j, slope, weight in zip(seen, slopes, weights, strict=True):
-            dk[at][j] += slope * q[b, h, i]
-            dv[at][j] += weight * dout[b, h, i]
+        dk[at][seen] += np.outer(slopes, q[b, h, i])
+        dv[at][seen] += np.outer(weights, dout[b, h, i])
         largest[b, h, i] = np.abs(v[at][seen]).max()
         logit = max(logit, float(np.abs(logits).max()))
     return Rows(*(x.astype(np.float64) for x in (out, lse, dq, dk, dv)), largest, logit)

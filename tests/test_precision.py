@@ -62,7 +62,8 @@ def hiding_bias(rng, dtype):
     return bias
 
 
-LARGE = 2000.0  # times q.k of width 8: logits beyond 1e4
+LARGE = 2000.0  # times q.k of width 8: logits beyond 1e4, far from each other
+CLOSE = {"scale": 1.0}  # here q and k get a number in common, for logits beyond 1e4 that differ by little
 BOUNDED = {
     "plain": lambda rng, dtype: {},
     "causal": lambda rng, dtype: {"causal": True},
@@ -74,6 +75,9 @@ BOUNDED = {
     "mask": lambda rng, dtype: {"mask": rng.random((2, 4, LENGTH, LENGTH)) < 0.3},
     "large logits": lambda rng, dtype: {"scale": LARGE},
     "causal large logits": lambda rng, dtype: {"scale": LARGE, "causal": True},
+    "close large logits": lambda rng, dtype: CLOSE,
+    "causal close large logits": lambda rng, dtype: {**CLOSE, "causal": True},
+    "close large logits, finfo.min bias": lambda rng, dtype: {**CLOSE, "bias": finfo_bias(rng, dtype)},
     "large logits, masked": lambda rng, dtype: {"scale": LARGE, "mask": rng.random((2, 4, LENGTH, LENGTH)) < 0.5},
 }
 
@@ -83,6 +87,9 @@ def bounded(name, dtype):
     """Arrays, keywords and the truth of a row of the table, which no ring and no kernel may change."""
     arrays = draw(1, dtype)
     keywords = BOUNDED[name](np.random.default_rng(2), dtype)
+    if keywords.get("scale") == CLOSE["scale"]:
+        for x in arrays[:2]:
+            x[..., 0] = 120
     dlse = np.random.default_rng(3).standard_normal(arrays[0].shape[:3]).astype(dtype)
     visible = {"scale": arrays[0].shape[3] ** -0.5, **keywords}
     visible["offset"] = visible.pop("query_offset", 0)
@@ -97,8 +104,8 @@ def test_errors_stay_within_their_bounds_on_any_ring(name, dtype, size, kernels)
     arrays, keywords, truth = bounded(name, dtype)
     layout = ("zigzag", "striped", "contiguous")[size % 3]
     came = run(*arrays, **keywords, ring_size=size, layout=layout, kernels=kernels)
-    # A logit of float32 is rounded by 2^-24 of its size, and its weight by as much.
-    allowed = 1e-12 if dtype == "float64" else 2e-6 * max(1.0, truth.logit / 16)
+    # A logit is rounded by 2^-24 or 2^-53 of its size, and its weight by as much.
+    allowed = max(1e-12, truth.logit * 2**-52) if dtype == "float64" else 2e-6 * max(1.0, truth.logit / 16)
     assert (np.abs(came[0] - truth.out) <= allowed * np.maximum(truth.largest, 1e-300)[..., None]).all()
     seen = truth.lse != -np.inf
     assert (came[1][~seen] == -np.inf).all()
@@ -282,30 +289,41 @@ def test_rows_that_see_nothing_give_zero_minus_infinity_and_no_gradient(name, dt
         assert not np.signbit(x).any()
 
 
+def masked_rows(*rows):
+    mask = np.random.default_rng(1).random((2, 4, LENGTH, LENGTH)) < 0.5
+    mask[:, :, list(rows)] = False
+    return mask
+
+
+# Which keywords leave which rows without a key, beside rows that see some.
+BLIND = {
+    "masked": ({"mask": masked_rows(10, 11, 12)}, [10, 11, 12]),
+    "bias of -inf": ({"bias": np.where(masked_rows(0, 32), 0.5, -np.inf)}, [0, 32]),
+    "before all keys": ({"causal": True, "query_offset": -5}, range(5)),
+    "window beyond all keys": ({"window": (2, 0), "query_offset": 6}, range(LENGTH - 4, LENGTH)),
+}
+
+
 @poison_warns
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(("size", "layout"), RINGS)
-def test_a_row_that_sees_nothing_among_others_gives_zero(size, layout, kernels):
+@pytest.mark.parametrize("name", BLIND)
+def test_rows_that_see_nothing_among_others_give_zero_and_poison_nothing(name, size, layout, kernels):
+    keywords, rows = BLIND[name]
+    rows = list(rows)
     q, k, v, dout = draw(11, "float64")
-    mask = np.random.default_rng(1).random((2, 4, LENGTH, LENGTH)) < 0.5
-    mask[:, :, 10:13] = False
     dlse = np.ones(q.shape[:3])
-    where = {"ring_size": size, "layout": layout_of(layout, LENGTH, size), "kernels": kernels}
-    out, lse, dq, _, _ = run(q, k, v, dout, dlse, mask=mask, **where)
-    assert (out[:, :, 10:13] == 0).all()
-    assert (lse[:, :, 10:13] == -np.inf).all()
-    assert (dq[:, :, 10:13] == 0).all()
-    assert np.isfinite(np.delete(lse, range(10, 13), axis=2)).all()
-    # What such a row is given does not matter either.
-    q[:, :, 10:13], dout[:, :, 10:13] = np.nan, np.inf
-    dlse[:, :, 10:13] = np.nan
-    for name, x, clean in zip(
-        NAMES,
-        run(q, k, v, dout, dlse, mask=mask, **where),
-        run(*draw(11, "float64"), np.ones(q.shape[:3]), mask=mask, **where),
-        strict=True,
-    ):
-        np.testing.assert_allclose(x, clean, rtol=0, atol=1e-12, err_msg=name)
+    keywords = {**keywords, "ring_size": size, "layout": layout_of(layout, LENGTH, size), "kernels": kernels}
+    due = run(q, k, v, dout, dlse, **keywords)
+    out, lse, dq, _, _ = due
+    assert (out[:, :, rows] == 0).all()
+    assert (lse[:, :, rows] == -np.inf).all()
+    assert (dq[:, :, rows] == 0).all()
+    assert np.isfinite(np.delete(lse, rows, axis=2)).all()
+    # What such a row holds and is given does not matter either.
+    q[:, :, rows], dout[:, :, rows], dlse[:, :, rows] = np.nan, np.inf, np.nan
+    for each, x, clean in zip(NAMES, run(q, k, v, dout, dlse, **keywords), due, strict=True):
+        np.testing.assert_allclose(x, clean, rtol=0, atol=1e-12, err_msg=each)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -234,7 +234,8 @@ def _arrays(window: Window, member: int, specs: Sequence[Spec], *, writable: boo
 
 def _copy(blocks: Blocks, window: Window, specs: Sequence[Spec]) -> None:
     for x, start, spec in zip(blocks, _offsets(specs), specs, strict=False):
-        window.own[start : start + size_of(spec)] = bytes_of(contiguous(x))
+        laid = contiguous(x)  # named, as it may be a new array: bytes_of keeps nothing alive
+        window.own[start : start + size_of(spec)] = bytes_of(laid)
 
 
 def _lies_in(blocks: Blocks, window: Window, specs: Sequence[Spec]) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringcore.values import Array, Band, Gradients, Score
+from ringcore import Array, Band, Gradients, Score
 from ringcore_numpy.bias_gradient import BiasGradient
 from ringcore_numpy.order import EVERYTHING, Order
 from ringcore_numpy.threads import Job, Scratch

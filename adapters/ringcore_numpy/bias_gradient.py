@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ringcore.values import Array
+from ringcore import Array
 from ringcore_numpy.threads import Scratch
 from ringcore_numpy.tiles import Span, cut
 

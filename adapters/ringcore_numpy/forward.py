@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringcore.partial import Partial
-from ringcore.values import Array, Band, Score
+from ringcore import Array, Band, Partial, Score
 from ringcore_numpy.threads import Job, Scratch
 from ringcore_numpy.tiles import Careful, Span, accumulation, add_edges, blocks, guarded_product, overlap
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ringcore.partial import Partial
-from ringcore.values import Array, Capabilities, Gradients, Score, Tile
+from ringcore import Array, Capabilities, Gradients, Partial, Score, Tile
 from ringcore_numpy.backward import Backward
 from ringcore_numpy.forward import Forward
 from ringcore_numpy.threads import Team

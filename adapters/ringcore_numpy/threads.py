@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ringcore.values import Array
+from ringcore import Array
 
 _LINE = 64  # bytes of a cache line, and of the widest vector register
 

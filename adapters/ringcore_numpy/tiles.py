@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ringcore.values import Array, Band, Score
+from ringcore import Array, Band, Score
 from ringcore_numpy.threads import Scratch
 
 Span = tuple[int, int]

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringcore.partial import Partial
-from ringcore.values import Band, Gradients, Score, Tile
+from ringcore import Band, Gradients, Partial, Score, Tile
 from ringcore_numpy import NumpyKernels
 
 

@@ -7,11 +7,11 @@ parts, take the same way.
 import array_api_strict
 import numpy as np
 import pytest
+from counting import run_rendezvous
 from deals import deals, sees, visibility
 from later import dilated_plans, document_plans, double_ring_plans, halo_plans
 
 import ringcore
-from ringcore.local import run_local
 from ringcore.ring import BackwardWork, ForwardWork, ring
 from ringcore.tile import ReferenceKernels
 from ringcore.values import Score
@@ -78,14 +78,14 @@ def rings(plans, dealt, arrays):
         ForwardWork(*parts, None, None, score=Score(SCALE), kernels=ReferenceKernels(), lengths=k_layout.lengths)
         for parts in zip(q, k, v, strict=True)
     ]
-    run_local([ring(plan, work) for plan, work in zip(plans, forward, strict=True)])
+    run_rendezvous([ring(plan, work) for plan, work in zip(plans, forward, strict=True)])
     partials = [work.take_result() for work in forward]
     backward = []
     for work, part, gradient in zip(forward, partials, dout, strict=True):
         xp = part.out.__array_namespace__()
         delta = xp.sum(part.out * gradient, axis=-1)
         backward.append(BackwardWork(gradient, work, part.maximum, part.total, delta, frozenset("qkv")))
-    home = run_local([ring(plan, work) for plan, work in zip(plans, backward, strict=True)])
+    home = run_rendezvous([ring(plan, work) for plan, work in zip(plans, backward, strict=True)])
     by_row = [part.out for part in partials], [part.lse for part in partials], [work.dq for work in backward]
     by_key = zip(*home, strict=True)
     return [

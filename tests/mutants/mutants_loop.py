@@ -1,0 +1,199 @@
+"""A wrong ring loop, wrong gradients, and calls on which the ranks do not agree."""
+
+from __future__ import annotations
+
+from mutant import PRECISION, REPORT, RING, Mutant
+
+_FORWARD = """\
+            part = self.kernels.forward(
+                self.q[rows], k[keys], v[keys], score=self.score, tile=tile, state=piece, **terms
+            )
+"""
+_CHUNK = """\
+            part = self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms)
+            chunk = part.out if piece is None else piece.weighted + part.out
+"""
+_BACKWARD = """\
+            gained = forward.kernels.backward(
+                self.dout[rows], forward.q[rows], k[keys], v[keys],
+                self.maximum[rows], self.total[rows], self.delta[rows],
+                score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+            )  # fmt: skip
+"""
+_LOCAL = """\
+            terms = _terms(forward.bias, forward.mask, tile)
+            here = forward.kernels.forward(forward.q[rows], k[keys], v[keys], score=forward.score, tile=tile, **terms)
+"""
+
+MUTANTS = (
+    Mutant(
+        "per-chunk softmax summed",
+        "ringcore/ring.py",
+        _FORWARD,
+        f"{_CHUNK}            part = Partial(chunk, part.maximum * 0, part.total * 0 + 1)\n",
+        REPORT,
+        "every_ring_size",
+    ),
+    Mutant(
+        "per-chunk averaged",
+        "ringcore/ring.py",
+        _FORWARD,
+        f"{_CHUNK}            seen = 0 if piece is None else piece.total\n"
+        "            part = Partial(chunk, part.maximum * 0, part.total * 0 + 1 + seen)\n",
+        REPORT,
+        "every_ring_size",
+    ),
+    Mutant(
+        "the last chunk only",
+        "ringcore/ring.py",
+        "score=self.score, tile=tile, state=piece, **terms",
+        "score=self.score, tile=tile, **terms",
+        REPORT,
+        "every_ring_size",
+    ),
+    Mutant(
+        "mask swallowed: ring",
+        "ringcore/ring.py",
+        'terms = {"bias": bias, "mask": mask}',
+        'terms = {"bias": bias, "mask": None}',
+        RING,
+        "out_and_lse and mask",
+    ),
+    Mutant(
+        "bias swallowed: ring",
+        "ringcore/ring.py",
+        'terms = {"bias": bias, "mask": mask}',
+        'terms = {"bias": None, "mask": mask}',
+        RING,
+        "out_and_lse and bias",
+    ),
+    Mutant(
+        "local columns of a bias or mask taken for global ones",
+        "ringcore/arrays.py",
+        "wanted = (tile.batch, tile.q_heads, tile.rows, slice_of(columns))",
+        "wanted = (tile.batch, tile.q_heads, tile.rows, tile.columns)",
+        RING,
+        "out_and_lse and bias and contiguous",
+    ),
+    Mutant(
+        "stale K, V in backward",
+        "ringcore/ring.py",
+        "        k, v = block\n        forward, wanted = self.forward, self.wanted\n",
+        "        forward, wanted = self.forward, self.wanted\n        k, v = forward.visiting()\n",
+        PRECISION,
+        "within_their_bounds and plain-float64-3",
+    ),
+    Mutant(
+        "local lse in backward",
+        "ringcore/ring.py",
+        _BACKWARD,
+        _LOCAL + _BACKWARD.replace("self.maximum[rows], self.total[rows]", "here.maximum, here.total"),
+        RING,
+        "gradients and plain",
+    ),
+    Mutant(
+        "local out in backward",
+        "ringcore/ring.py",
+        _BACKWARD,
+        _LOCAL + _BACKWARD.replace("self.delta[rows]", "(self.dout[rows] * here.out).sum(-1)"),
+        RING,
+        "gradients and plain",
+    ),
+    Mutant(
+        "delta without dlse",
+        "ringcore/api.py",
+        "delta if dlse_part is None else delta - xp.astype(dlse_part, wide)",
+        "delta",
+        RING,
+        "gradients and plain",
+    ),
+    Mutant(
+        "delta of the rounded out",
+        "ringcore/api.py",
+        "delta = xp.sum(out * xp.astype(dout_part, wide), axis=-1)",
+        "delta = xp.sum(xp.astype(out, dout.dtype).astype(wide) * xp.astype(dout_part, wide), axis=-1)",
+        PRECISION,
+        "half_types_are_rounded_once",
+    ),
+    Mutant(
+        "delta with the sign of dlse turned",
+        "ringcore/api.py",
+        "delta - xp.astype(dlse_part, wide)",
+        "delta + xp.astype(dlse_part, wide)",
+        RING,
+        "gradients and plain",
+    ),
+    Mutant(
+        "dK, dV returned one rank off: result",
+        "ringcore/api.py",
+        "parts = [blocks[place] for blocks in carried if blocks is not None]",
+        "parts = [blocks[place] for blocks in [*carried[1:], carried[0]] if blocks is not None]",
+        PRECISION,
+        "within_their_bounds and plain-float64-3",
+    ),
+    Mutant(
+        "dK, dV without the hop that takes them home",
+        "ringcore/ring.py",
+        "own = work.combine((yield Finish(token))[move], own or (), move.rows)",
+        "yield Finish(token)",
+        RING,
+        "gradients and plain",
+    ),
+    Mutant(
+        "dK, dV of the last guest alone",
+        "ringcore/ring.py",
+        "share = work.combine((yield Finish(coming))[step.carry_in], share)",
+        "yield Finish(coming)",
+        RING,
+        "gradients and plain",
+    ),
+    Mutant(
+        "gradient dtype hard-coded",
+        "ringcore/api.py",
+        "gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)",
+        "gradients[name] = swap_axes(xp.astype(gradients[name], xp.float32, copy=False), axes)",
+        RING,
+        "gradients and plain",
+    ),
+    Mutant(
+        "gradient left in the accumulation dtype",
+        "ringcore/api.py",
+        "gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)",
+        "gradients[name] = swap_axes(gradients[name], axes)",
+        PRECISION,
+        "half_types_are_rounded_once",
+    ),
+    Mutant(
+        "gradients summed in the dtype of k",
+        "ringcore/ring.py",
+        "xp.zeros(x.shape, dtype=accumulation_dtype(x),",
+        "xp.zeros(x.shape, dtype=x.dtype,",
+        PRECISION,
+        "half_types_are_rounded_once",
+    ),
+    Mutant(
+        "gradients in the order of the function, not of wrt",
+        "ringcore/api.py",
+        "return tuple(gradients[name] for name in wrt)",
+        'return tuple(gradients[name] for name in ("q", "k", "v", "bias") if name in gradients)',
+        "tests/test_refusals.py",
+        "wrt_is_read",
+    ),
+    Mutant(
+        "gradient of a shared bias of one rank alone",
+        "ringcore/session.py",
+        "return xp.sum(xp.stack(list(parts)), axis=0)",
+        "return parts[0]",
+        RING,
+        "gradients and row_bias",
+    ),
+    Mutant(
+        "send buffer overwritten in flight: accumulators",
+        "ringcore/ring.py",
+        '        dk = _zeros(k) if "k" in wanted else None\n',
+        '        dk = self.__dict__.setdefault(f"dk of {len(tiles)} tiles {k.shape}", _zeros(k))\n'
+        "        dk[...] = 0\n",
+        RING,
+        "gradients and plain",
+    ),
+)
