@@ -78,6 +78,9 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
     can = kernels.capabilities
     if can.libraries and library(q) not in can.libraries:
         return f"they take arrays of {', '.join(sorted(can.libraries))}, not of {library(q)}"
+    device = str(array_api_compat.device(q)).partition(":")[0].lower()
+    if can.devices and device not in can.devices:
+        return f"they compute on {', '.join(sorted(can.devices))}, not on {device}"
     if dtype_name(q) not in can.dtypes:
         return f"they take {', '.join(sorted(can.dtypes))}, not {dtype_name(q)}"
     if can.largest_head is not None and max(q.shape[3], v.shape[3]) > can.largest_head:

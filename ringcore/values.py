@@ -186,7 +186,9 @@ class Gradients:
 class Capabilities:
     """What kernels can do; what they cannot is refused by name, or other kernels are taken.
 
-    dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any.
+    dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any. devices: kinds of
+    device, such as "cpu" and "cuda"; empty is any. lse_only: backward reads maximum + log(total) alone. poison_rows:
+    NaN in a key that only some rows see stays out of the others.
     """
 
     name: str

@@ -278,6 +278,7 @@ class Weak:
         (ring_attention, {"dtypes": frozenset({"float16"})}, {}, "they take float16, not float64"),
         (ring_attention, {"largest_head": 3}, {}, "their widest head is 3, but this call has 4"),
         (ring_attention, {"libraries": frozenset({"cupy"})}, {}, "they take arrays of cupy, not of numpy"),
+        (ring_attention, {"devices": frozenset({"cuda"})}, {}, "they compute on cuda, not on cpu"),
     ],
 )
 def test_kernels_that_cannot_do_the_call_are_refused_by_name(attend, can, keywords, said):
