@@ -1,9 +1,9 @@
 """The mutants that the suite must kill; ``run.py`` plants them.
 
 Each is a bug of a real implementation, or of a careless version of ours. Some traps change no result here, and are not
-in the table: -inf minus -inf in `merge` and in the maximum of the reference tile, which `where` chooses away; a NaN
-that the NumPy tile's test of its largest score lets pass, and an overflow as a reference moves down, after which the
-end of the strip sends the rows the careful way.
+in the table: -inf minus -inf in `merge` and in the reference tile, which `where` chooses away; a NaN that the NumPy
+tile's test of its largest score lets pass, and an overflow as a reference moves down, after which the end of the strip
+sends the rows the careful way.
 
 Due with the features that they are bugs of: a sink counted at every hop; a document boundary ignored; replicated tokens
 (a prefix) counted by every rank; dropout before the normalisation, or by local positions.

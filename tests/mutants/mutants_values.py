@@ -192,14 +192,6 @@ MUTANTS = (
         "rows_without_keys_empty",
     ),
     Mutant(
-        "-inf minus -inf: weights of the reference tile",
-        "ringcore/tile.py",
-        "reference = xp.where(seen, maximum[..., None], 0.0)",
-        "reference = maximum[..., None]",
-        REFERENCE,
-        "gradients and mask",
-    ),
-    Mutant(
         "per-chunk averaged: lse of zeros taken from a kernel",
         "ringcore/partial.py",
         "            lse,\n            xp.where(empty",

@@ -127,10 +127,14 @@ def run_rendezvous(loops: Sequence[Loop]) -> list[Blocks | None]:
     return results
 
 
-def at_home(blocks: Blocks | None) -> Counter[Pair]:
-    """Every pair that one rank's finished accumulators counted."""
+def at_home(work: CountingWork, blocks: Blocks | None) -> Counter[Pair]:
+    """Every pair that one rank's finished accumulators counted, each in the row that it belongs to."""
     assert blocks is not None
-    return sum(blocks[0].entries, Counter())
+    place = 3 if work.problem.visitor == "k" else 2
+    counts = blocks[0].entries
+    for row, pairs in zip(work.problem.visiting(work.rank), counts, strict=True):
+        assert {pair[place] for pair in pairs} <= {row}
+    return sum(counts, Counter())
 
 
 def check_loops(problem: Problem, plans: Sequence[Plan]) -> None:
@@ -145,7 +149,7 @@ def check_loops(problem: Problem, plans: Sequence[Plan]) -> None:
             for rank, (work, blocks) in enumerate(results):
                 assert work.stayed == held_by(due, place, problem.resident(rank))
                 if carries:
-                    assert at_home(blocks) == held_by(due, 5 - place, problem.visiting(rank))
+                    assert at_home(work, blocks) == held_by(due, 5 - place, problem.visiting(rank))
 
 
 def loops_of(

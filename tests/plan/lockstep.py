@@ -48,8 +48,8 @@ def walk(plans: Sequence[Plan]) -> Trace:
             assert step.block in held[rank], f"rank {rank} reads block {step.block}, which it does not hold"
             share: Shares = Counter({(rank, step.block): 1})
             if step.carry_in:
-                sent_at, _, arrived = ready.pop((step.carry_in.peer, rank, step.block))
-                assert step.carry_in.block == step.block
+                sent_at, carried, arrived = ready.pop((step.carry_in.peer, rank, step.block))
+                assert (step.carry_in.block, step.carry_in.rows, carried.rows) == (step.block, None, None)
                 # A message that nobody takes up at once would hold its sender back.
                 assert sent_at == time - 1, "accumulators follow one step behind"
                 share += arrived

@@ -229,7 +229,7 @@ def test_decoding(name, sight):
         assert trace.sent.total() == 0
         assert list(trace.owned) == [{(rank, rank): 1 for rank in range(size)}] * size
         for results in loops_of(case, plans, carries=True, reuses=False):
-            assert [at_home(blocks) for _, blocks in results] == [due] * size
+            assert [at_home(*result) for result in results] == [due] * size
 
 
 # Double rings: around the ranks of one host, then on to the next host.

@@ -1,14 +1,19 @@
 """The plans of the ring: what they compute against dense masks, and what they exchange in a simulation and in the loop."""
 
+import contextlib
+import weakref
+
 import pytest
-from counting import check_loops
+from counting import CountingWork, Rows, check_loops
 from deals import DEALS, SIGHTS, calls, deals, problem, visibility
 from hypothesis import given, settings
 from lockstep import check_exchanges
 from pairs import computed, shown
 
 import ringcore
+from ringcore.ring import ring
 from ringcore.schedule import ring_plans
+from ringcore.values import Begin
 
 SIZES = range(1, 9)
 
@@ -42,6 +47,25 @@ def test_plans_exchange_what_is_needed_and_no_more(name, size):
 @pytest.mark.parametrize("sight", SIGHTS)
 def test_the_loop_counts_every_visible_pair_once(sight, size):
     check_loops(*planned(sight, DEALS[size % len(DEALS)], size))
+
+
+def test_the_loop_lets_go_of_blocks_that_it_needs_no_more():
+    layout = ringcore.contiguous(12, 6)
+    case, plans = problem(layout, layout, visibility(keys=12)), ring_plans(layout, layout, visibility(keys=12))
+    loop = ring(plans[2], CountingWork(case, plans[2], carries=False))
+    came, most, request = [], 0, next(loop)
+    # One rank alone, whose neighbours are always ready.
+    with contextlib.suppress(StopIteration):
+        while True:
+            if isinstance(request, Begin):
+                reply = [move for move, _ in request.receives]
+            else:
+                reply = {move: (Rows([0, 1]),) for move in request.token}
+                came += [weakref.ref(blocks[0]) for blocks in reply.values()]
+            request = loop.send(reply)
+            most = max(most, sum(block() is not None for block in came))
+    assert len(came) == 5
+    assert most <= 2
 
 
 @given(calls())
