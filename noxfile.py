@@ -183,7 +183,7 @@ def check_printed(session: nox.Session, came: list[str], due: list[str]) -> None
 @nox.session
 def mutants(session: nox.Session) -> None:
     """Plant known mistakes one by one; the suite must see each of them."""
-    install(session, "test,mpich", "array-api-strict")
+    install(session, "test,mpich", "array-api-strict", TORCH)
     session.run("python", "-P", "tests/mutants/run.py", *session.posargs)
 
 

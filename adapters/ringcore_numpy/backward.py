@@ -19,8 +19,9 @@ from ringcore_numpy.order import EVERYTHING, Order
 from ringcore_numpy.threads import Job, Scratch
 from ringcore_numpy.tiles import Careful, Span, accumulation, add_edges, blocks, guarded_product, overlap
 
-_LARGE, _SMALL = 512, 256  # sides of a tile, and where a narrow window would leave most of it hidden
-_KEYS = 1024  # keys of a task: several tiles share each prepared block of rows
+# Rows of 2048 bytes would share few sets of the cache, hence no powers of two.
+_LARGE, _SMALL = 528, 264  # sides of a tile, and where a narrow window would leave most of it hidden
+_KEYS = 1056  # keys of a task: several tiles share each prepared block of rows
 _FEWEST = 8  # tasks below which they are made smaller; fixed, so that results do not depend on the threads
 
 
@@ -95,15 +96,18 @@ class Backward:
         self.tasks = len(self._tasks)
 
     def _plan(self, batch: int) -> list[_Task]:
-        """The tasks head by head: with an upper bound the later blocks of keys are the shorter ones."""
+        """The tasks, block by block of keys: with an upper bound the later ones are shorter.
+
+        Heads come in turn, so that threads seldom wait for each other to add to the same rows.
+        """
         length = _KEYS
         while length > 128 and batch * self._k_heads * -(-self._width // length) < _FEWEST:
             length //= 2
         tasks = [
             _Task(b, head, keys, self._band.rows(*keys, self._height))
+            for keys in blocks((0, self._width), length)
             for b in range(batch)
             for head in range(self._k_heads)
-            for keys in blocks((0, self._width), length)
         ]
         return [task for task in tasks if task.rows[0] < task.rows[1]]
 

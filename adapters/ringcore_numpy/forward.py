@@ -15,8 +15,8 @@ from ringcore import Array, Band, Partial, Score
 from ringcore_numpy.threads import Job, Scratch
 from ringcore_numpy.tiles import Careful, Span, accumulation, add_edges, blocks, guarded_product, overlap
 
-_ROWS = 256
-_KEYS = 1024
+_ROWS = 384
+_KEYS = 784  # a row of scores of 4096 bytes would put every row into the same few sets of the cache
 _STRIP = 4  # blocks of rows that share one prepared block of keys
 _FEWEST = 8  # tasks below which blocks are made smaller; fixed, so that results do not depend on the threads
 _SLACK = 8.0  # exp(8) leaves float32 sums of any length far from overflow

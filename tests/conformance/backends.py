@@ -17,6 +17,7 @@ class Backend:
 
     name = "numpy"
     kernels: str | None = None
+    half_types = True
 
     def make(self, x: np.ndarray) -> Any:
         """A NumPy array as this library's."""
@@ -31,6 +32,7 @@ class Strict(Backend):
     """array-api-strict on a device that is not its default, where any use of the default fails."""
 
     name = "strict"
+    half_types = False  # the standard has none
 
     @cached_property
     def xp(self) -> Any:
@@ -56,14 +58,16 @@ class Torch(Backend):
         import torch
 
         if x.dtype.name == "bfloat16":
-            return torch.from_numpy(x.view(np.uint16).copy()).view(torch.bfloat16)
+            return torch.from_numpy(x.view(np.uint16).copy()).view(torch.bfloat16).to(self.device)
         return torch.from_numpy(x.copy()).to(self.device)
 
     def back(self, x: Any) -> np.ndarray:
         import torch
 
         assert x.device.type == self.device
-        return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).cpu().numpy()
+        if x.dtype == torch.bfloat16:
+            return x.cpu().view(torch.uint16).numpy().view("bfloat16")
+        return x.cpu().numpy()
 
 
 class TorchCuda(Torch):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 import ringcore
@@ -50,8 +51,9 @@ def _hiding_bias(rng, shape, dtype):
 
 def _finfo_bias(rng, shape, dtype):
     # The mask of many model libraries: the most negative number, and whole rows of nothing else.
-    bias = np.where(rng.random((shape.batch, 1, shape.queries, shape.keys)) < 0.4, np.finfo(dtype).min, 0.0)
-    bias[:, :, shape.queries // 2] = np.finfo(dtype).min
+    smallest = float(ml_dtypes.finfo(dtype).min)
+    bias = np.where(rng.random((shape.batch, 1, shape.queries, shape.keys)) < 0.4, smallest, 0.0)
+    bias[:, :, shape.queries // 2] = smallest
     return {"bias": bias.astype(dtype), "causal": True}
 
 
@@ -107,6 +109,7 @@ FEATURES: dict[str, Feature] = {
 LAYOUTS = ("contiguous", "zigzag", "striped", "uneven", "mixed")
 RING_SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 DTYPES = ("float64", "float32")
+HALF_DTYPES = ("float16", "bfloat16")
 AXES = ("bhsd", "bshd")
 
 
@@ -178,9 +181,9 @@ def pairwise_cases(sizes: tuple[int, ...] = RING_SIZES, seed: int = 7) -> list[C
     return found
 
 
-def few_cases(sizes: tuple[int, ...]) -> list[Case]:
-    """Every keyword once, the other axes in turn: for libraries that compile each shape anew."""
-    axes = (LAYOUTS, sizes, tuple(SHAPES), DTYPES, AXES)
+def few_cases(sizes: tuple[int, ...], dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
+    """Every keyword once, the other axes in turn."""
+    axes = (LAYOUTS, sizes, tuple(SHAPES), dtypes, AXES)
     return [
         _possible(
             Case(
@@ -190,6 +193,11 @@ def few_cases(sizes: tuple[int, ...]) -> list[Case]:
         )
         for i, feature in enumerate(FEATURES)
     ]
+
+
+def half_cases(sizes: tuple[int, ...]) -> list[Case]:
+    """Every keyword once in each half type."""
+    return [case for dtype in HALF_DTYPES for case in few_cases(sizes, (dtype,))]
 
 
 def _possible(case: Case) -> Case:
@@ -211,4 +219,6 @@ def draw(case: Case) -> tuple[dict[str, np.ndarray], Keywords]:
         "dlse": (shape.batch, shape.heads, shape.queries),
     }
     arrays = {name: rng.standard_normal(size).astype(case.dtype) for name, size in sizes.items()}
+    if case.dtype in HALF_DTYPES:
+        arrays["dlse"] = arrays["dlse"].astype("float32")  # as lse is
     return arrays, FEATURES[case.feature](rng, shape, case.dtype)

@@ -137,4 +137,12 @@ MUTANTS = (
         "blocks_in_pieces and 999",
         ranks=2,
     ),
+    Mutant(
+        name="gaps of torch tensors copied as they lie",
+        file="adapters/ringcore_mpi/buffers.py",
+        source="return x.detach().contiguous()",
+        replacement="return x.detach()",
+        tests="tests/mpi/world/test_mpi_gaps.py",
+        ranks=2,
+    ),
 )
