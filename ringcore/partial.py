@@ -20,7 +20,8 @@ class Partial:
 
     Shapes: ``weighted`` [B, H, S, E], ``maximum`` and ``total`` [B, H, S].
     Law: weighted = sum of exp(s - maximum) v and total = sum of exp(s - maximum) over the keys seen.
-    Units: ``maximum`` is a score (natural-log scale). A row that saw no key is (0, -inf, 0).
+    Units: ``maximum`` is a score (natural-log scale): the largest seen, or a reference so near to it that exp can
+    neither overflow nor underflow. It cancels. A row that saw no key is (0, -inf, 0).
     """
 
     weighted: Array

@@ -156,16 +156,23 @@ def dbias_of(c: Case, d: Dense):
     return d.dscore.sum(axis=axes, keepdims=True).reshape(c.bias.shape)
 
 
+def same_partial(got: Partial, d: Dense, tolerance):
+    """A kernel's reference may lag behind the largest score, but then its sums follow from it."""
+    empty = d.maximum == -INF
+    np.testing.assert_array_equal(got.maximum == -INF, empty)
+    lag = np.where(empty, 0, got.maximum) - np.where(empty, 0, d.maximum)
+    assert (np.abs(lag) <= 2 * forward._SLACK).all()
+    close(got.total * np.exp(lag), d.total, tolerance, "total")
+    close(got.weighted * np.exp(lag)[..., None], d.weighted, tolerance, "weighted")
+
+
 def check(c: Case, tolerance=1e-12, gradient=1e-10, kernels=None):
     d = dense(c)
     got = run_forward(c, kernels)
     empty = d.maximum == -INF
-    np.testing.assert_array_equal(got.maximum == -INF, empty)
     for x in (got.total[empty], got.weighted[empty]):
         np.testing.assert_array_equal(x, 0)
-    close(got.maximum, d.maximum, tolerance, "maximum")
-    close(got.total, d.total, tolerance, "total")
-    close(got.weighted, d.weighted, tolerance, "weighted")
+    same_partial(got, d, tolerance)
     close(got.out, d.out, tolerance, "out")
     grad = run_backward(c, d, kernels)
     for name in ("dq", "dk", "dv"):
@@ -185,6 +192,7 @@ def small_tiles(request, monkeypatch):
     if "large_tiles" in request.fixturenames:
         return
     monkeypatch.setattr(forward, "_ROWS", 16)
+    monkeypatch.setattr(forward, "_STEP", 6)
     monkeypatch.setattr(forward, "_KEYS", 24)
     monkeypatch.setattr(forward, "_FEWEST", 1)  # several blocks to a strip
     monkeypatch.setattr(backward, "_LARGE", 16)
@@ -358,8 +366,7 @@ def test_chunks_of_keys_chain_in_place(band, extra):
         assert state_after.weighted is state.weighted
         dbias = into.dbias if into.dbias is None else into.dbias[..., part]
         run_backward(chunk, d, into=Gradients(into.dq, into.dk[:, :, part], into.dv[:, :, part], dbias))
-    for name in ("maximum", "total", "weighted"):
-        close(getattr(state, name), getattr(d, name), 1e-12, name)
+    same_partial(state, d, 1e-12)
     assert np.isnan(big[:, :, 42:]).all()
     assert np.isnan(big[..., 6:]).all()
     assert np.isnan(rows[..., 1::2]).all()
@@ -374,7 +381,7 @@ def test_what_unseen_rows_of_a_state_hold_is_never_read():
     shape = (2, 4, 40)
     for maximum, total in ((-INF, 5.0), (2.0, 0.0)):
         state = Partial(np.full((*shape, 5), np.nan), np.full(shape, maximum), np.full(shape, total))
-        close(run_forward(c, state=state).weighted, dense(c).weighted, 1e-12)
+        same_partial(run_forward(c, state=state), dense(c), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])

@@ -7,6 +7,7 @@ it by more than ``_SLACK``; it cancels, so the result stays exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,10 @@ from ringcore import Array, Band, Partial, Score
 from ringcore_numpy.threads import Job, Scratch
 from ringcore_numpy.tiles import Careful, Span, accumulation, add_edges, blocks, guarded_product, overlap
 
-_ROWS = 384
-_KEYS = 784  # a row of scores of 4096 bytes would put every row into the same few sets of the cache
-_STRIP = 4  # blocks of rows that share one prepared block of keys
+_ROWS = 528
+_STEP = 176  # rows of a piece where an edge of the band cuts the tile: less of it is computed in vain
+_KEYS = 1552  # a row of scores of 4096 bytes would put every row into the same few sets of the cache
+_STRIP = 8  # blocks of rows that share one prepared block of keys
 _FEWEST = 8  # tasks below which blocks are made smaller; fixed, so that results do not depend on the threads
 _SLACK = 8.0  # exp(8) leaves float32 sums of any length far from overflow
 _COARSE = 64.0  # a reference this far off costs digits of the difference: the product is taken again
@@ -46,15 +48,18 @@ class _Strip:
         return sum((b.rows[1] - b.rows[0]) * (b.columns[1] - b.columns[0]) for b in self.blocks)
 
 
+@dataclass(frozen=True)
 class _Rows:
-    """The running sums of one block of rows, in scratch memory."""
+    """The running sums of some rows, in scratch memory: q [n, D + 1], weighted [n, E], the others [n]."""
 
-    def __init__(self, slot: int, height: int, depth: int, values: int, dtype: type, scratch: Scratch) -> None:
-        self.q = scratch.take(f"q{slot}", (height, depth + 1), dtype)
-        self.weighted = scratch.take(f"weighted{slot}", (height, values), dtype)
-        self.total, self.reference, self.top = scratch.take(f"rows{slot}", (3, height), dtype)
-        self.settled = False  # whether every row's top is at least -_SLACK, which it stays
-        self.fresh = False  # whether weighted holds nothing yet
+    q: Array
+    weighted: Array
+    total: Array
+    reference: Array
+    top: Array  # the largest score seen, against the reference; may lag behind by the slack
+
+    def __getitem__(self, rows: slice) -> _Rows:
+        return _Rows(self.q[rows], self.weighted[rows], self.total[rows], self.reference[rows], self.top[rows])
 
 
 class Forward:
@@ -80,6 +85,7 @@ class Forward:
         self._plain = bias is None and mask is None and score.softcap is None
         self._careful = Careful(score, self._band, bias, mask, _ROWS)
         self._keys = _KEYS if self._dtype is np.float32 else _KEYS // 2
+        self._ones = np.ones(self._keys, dtype=self._dtype)
         self._state = state
         if state is None:
             shape = (batch, heads, height)
@@ -91,14 +97,14 @@ class Forward:
         self.tasks = len(self._strips)
 
     def _plan(self) -> list[_Strip]:
-        """The strips, longest first, so that the threads end together."""
+        """The strips, longest first."""
         batch, heads, height, _ = self._q.shape
         if 0 in (batch, heads, height):
             return []
         rows = _ROWS
         while rows > 32 and batch * heads * -(-height // rows) < _FEWEST:
             rows //= 2
-        per_strip = max(1, min(_STRIP, batch * heads * -(-height // rows) // (2 * _FEWEST)))
+        left = batch * heads * -(-height // rows)
         group = heads // self._k_heads
         strips = []
         for b in range(batch):
@@ -110,7 +116,11 @@ class Forward:
                 ]
                 if self._state is not None:  # what sees nothing stays as it is
                     cut = [block for block in cut if block.columns[0] < block.columns[1]]
-                strips += [_Strip(b, k_head, tuple(cut[i : i + per_strip])) for i in range(0, len(cut), per_strip)]
+                while cut:  # ever shorter strips, so that the threads end together
+                    size = max(1, min(_STRIP, left // _FEWEST))
+                    strips.append(_Strip(b, k_head, tuple(cut[:size])))
+                    del cut[:size]
+                    left -= size
         return sorted(strips, key=lambda strip: -strip.area)
 
     def work(self, task: int, scratch: Scratch, job: Job) -> None:
@@ -128,7 +138,10 @@ class Forward:
         pairs = []
         again = []
         for slot, block in enumerate(chosen):
-            rows = _Rows(slot, block.rows[1] - block.rows[0], depth, values, dtype, scratch)
+            height = block.rows[1] - block.rows[0]
+            q = scratch.take(f"q{slot}", (height, depth + 1), dtype)
+            weighted = scratch.take(f"weighted{slot}", (height, values), dtype)
+            rows = _Rows(q, weighted, *scratch.take(f"rows{slot}", (3, height), dtype))
             if self._begin(rows, strip.batch, block) or careful:
                 pairs.append((block, rows))
             else:
@@ -138,17 +151,26 @@ class Forward:
         for keys in blocks(span, self._keys):
             k, v = self._load(strip, keys, scratch)
             for block, rows in pairs:
-                columns = overlap(block.columns, keys)
-                if columns[0] >= columns[1]:
-                    continue
-                job.check()
-                part = slice(columns[0] - keys[0], columns[1] - keys[0])
-                if careful:
-                    self._careful_tile(rows, strip.batch, block, columns, k[part], v[part], scratch)
-                else:
-                    self._tile(rows, block, columns, k[part], v[part], scratch)
+                for piece, columns in self._pieces(block.rows, overlap(block.columns, keys)):
+                    job.check()
+                    part = slice(columns[0] - keys[0], columns[1] - keys[0])
+                    of = rows[piece[0] - block.rows[0] : piece[1] - block.rows[0]]
+                    if careful:
+                        at = (strip.batch, block.head)
+                        self._careful_tile(of, at, piece, columns, k[:, part], v[part], scratch)
+                    else:
+                        self._tile(of, piece, columns, k[:, part], v[part], scratch)
         again += [block for block, rows in pairs if not self._end(rows, strip.batch, block, careful=careful)]
         return tuple(again)
+
+    def _pieces(self, rows: Span, columns: Span) -> Iterator[tuple[Span, Span]]:
+        """A tile as it is computed: whole, or in steps of rows with their own columns where the band cuts it."""
+        lo, hi = self._band.lo, self._band.hi
+        whole = (hi is None or columns[1] <= rows[0] + hi + 1) and (lo is None or columns[0] >= rows[1] - 1 + lo)
+        for piece in [rows] if whole else blocks(rows, _STEP):
+            seen = overlap(self._band.columns(*piece, self._width), columns)
+            if seen[0] < seen[1]:
+                yield piece, seen
 
     def _begin(self, rows: _Rows, batch: int, block: _Block) -> bool:
         """Take q and the state up; False if the references are too large for the fast tile."""
@@ -159,8 +181,9 @@ class Forward:
         rows.total.fill(0)
         rows.reference.fill(0)
         rows.top.fill(-np.inf)
-        rows.fresh = self._state is None
-        if self._state is not None:
+        if self._state is None:
+            rows.weighted.fill(0)
+        else:
             maximum, total = self._state.maximum[at], self._state.total[at]
             seen = (maximum != -np.inf) & (total != 0)
             np.copyto(rows.total, total, where=seen)
@@ -173,71 +196,63 @@ class Forward:
         return bool(np.max(np.abs(rows.reference)) <= _LARGEST)
 
     def _load(self, strip: _Strip, keys: Span, scratch: Scratch) -> tuple[Array, Array]:
-        """A block of k with a column of ones, and of v."""
+        """A block of k, transposed, with a row of ones [D + 1, m], and of v [m, E]."""
         at = (strip.batch, strip.k_head, slice(*keys))
         width, depth = keys[1] - keys[0], self._k.shape[3]
-        k = scratch.take("k", (width, depth + 1), self._dtype)
-        k[:, :depth] = self._k[at]
-        k[:, depth] = 1
+        k = scratch.take("k", (depth + 1, width), self._dtype)
+        k[:depth] = self._k[at].T
+        k[depth] = 1
         v = self._v[at]
         if v.dtype != self._dtype or not v.flags.c_contiguous or not v.flags.aligned:
             v = scratch.take("v", v.shape, self._dtype)
             v[...] = self._v[at]
         return k, v
 
-    def _tile(self, rows: _Rows, block: _Block, columns: Span, k: Array, v: Array, scratch: Scratch) -> None:
+    def _tile(self, rows: _Rows, at: Span, columns: Span, k: Array, v: Array, scratch: Scratch) -> None:
         """Add one block of keys, none of which has a bias or a mask beside the band."""
-        height, width = rows.q.shape[0], k.shape[0]
-        scores = scratch.take("scores", (height, width), self._dtype)
-        np.matmul(rows.q, k.T, out=scores)
-        add_edges(scores, self._band, block.rows, columns, _ROWS)
-        top = np.maximum.reduce(scores, axis=1)
-        np.maximum(top, rows.top, out=top)
-        # Written so that NaN fails, too.
-        if not (np.maximum.reduce(top) <= _SLACK and (rows.settled or np.minimum.reduce(top) >= -_SLACK)):
-            top = self._rebase(rows, block, columns, k, scores, top)
-        else:
-            rows.settled = True
-        rows.top[:] = top
+        scores = scratch.take("scores", (rows.q.shape[0], k.shape[1]), self._dtype)
+        np.matmul(rows.q, k, out=scores)
+        add_edges(scores, self._band, at, columns, _ROWS)
+        # Written so that NaN fails, too. Most rows find a score near their largest in their first block.
+        settled = np.minimum.reduce(rows.top) >= -_SLACK
+        if not (settled and np.maximum.reduce(scores, axis=None) <= _SLACK):
+            self._follow(rows, at, columns, k, scores)
         np.exp(scores, out=scores)
         self._accumulate(rows, scores, v, None, scratch)
 
-    def _rebase(self, rows: _Rows, block: _Block, columns: Span, k: Array, scores: Array, top: Array) -> Array:
-        """Move the references of rows whose top left the slack; gives the tops against them."""
+    def _follow(self, rows: _Rows, at: Span, columns: Span, k: Array, scores: Array) -> None:
+        """Look up every row's top, and move the references of rows whose top left the slack."""
+        top = np.maximum(rows.top, np.maximum.reduce(scores, axis=1))
         move = np.where(np.isfinite(top) & (np.abs(top) > _SLACK), top, 0)
-        far = np.max(np.abs(move)) > _COARSE
-        rows.reference += move
-        np.negative(rows.reference, out=rows.q[:, -1])
-        if far:
-            np.matmul(rows.q, k.T, out=scores)
-            add_edges(scores, self._band, block.rows, columns, _ROWS)
-            np.maximum(rows.top - move, np.maximum.reduce(scores, axis=1), out=top)
-        else:
-            scores -= move[:, None]
-            top -= move
-        # A row moves down only before it has seen anything: its sums are 0, and exp could overflow.
-        self._shrink(rows, np.exp(-np.maximum(move, 0)))
-        return top
-
-    def _shrink(self, rows: _Rows, factor: Array) -> None:
-        rows.total *= factor
-        if not rows.fresh:
-            rows.weighted *= factor[:, None]
+        farthest = np.max(np.abs(move))
+        if farthest > 0:
+            rows.reference[:] += move
+            np.negative(rows.reference, out=rows.q[:, -1])
+            if farthest > _COARSE:
+                np.matmul(rows.q, k, out=scores)
+                add_edges(scores, self._band, at, columns, _ROWS)
+                np.maximum(rows.top - move, np.maximum.reduce(scores, axis=1), out=top)
+            else:
+                scores -= move[:, None]
+                top -= move
+            # A row moves down only before it has seen anything: its sums are 0, and exp could overflow.
+            _shrink(rows, np.exp(-np.maximum(move, 0)))
+        rows.top[:] = top
 
     def _careful_tile(
-        self, rows: _Rows, batch: int, block: _Block, columns: Span, k: Array, v: Array, scratch: Scratch
+        self, rows: _Rows, at: tuple[int, int], span: Span, columns: Span, k: Array, v: Array, scratch: Scratch
     ) -> None:
         """Add one block of keys, whatever its bias, mask, softcap and poison."""
-        scores = scratch.take("scores", (rows.q.shape[0], k.shape[0]), self._dtype)
-        np.matmul(rows.q[:, :-1], k[:, :-1].T, out=scores)
-        self._careful.finish(scores, (batch, block.head), block.rows, columns, scratch)
+        scores = scratch.take("scores", (rows.q.shape[0], k.shape[1]), self._dtype)
+        np.matmul(rows.q[:, :-1], k[:-1], out=scores)
+        self._careful.finish(scores, at, span, columns, scratch)
         visible = None
         if not np.isfinite(np.sum(v)):
-            visible = self._careful.visible(scores.shape, (batch, block.head), block.rows, columns)
+            visible = self._careful.visible(scores.shape, at, span, columns)
         old = np.where(rows.top == -np.inf, -np.inf, rows.reference)
         new = np.maximum(old, np.maximum.reduce(scores, axis=1))
         base = np.where(new == -np.inf, 0, new)
-        self._shrink(rows, np.exp(old - base))
+        _shrink(rows, np.exp(old - base))
         rows.reference[:] = base
         rows.top[:] = np.where(new == -np.inf, -np.inf, 0)
         scores -= base[:, None]
@@ -245,26 +260,25 @@ class Forward:
         self._accumulate(rows, scores, v, visible, scratch)
 
     def _accumulate(self, rows: _Rows, weights: Array, v: Array, visible: Array | None, scratch: Scratch) -> None:
-        ones = scratch.take("ones", (self._keys,), self._dtype)[: v.shape[0]]
-        ones.fill(1)
-        rows.total += np.matmul(weights, ones)
-        out = rows.weighted if rows.fresh else scratch.take("product", rows.weighted.shape, self._dtype)
-        guarded_product(weights, v, visible, out)
-        if not rows.fresh:
-            rows.weighted += out
-        rows.fresh = False
+        rows.total[:] += np.matmul(weights, self._ones[: v.shape[0]])
+        product = scratch.take("product", rows.weighted.shape, self._dtype)
+        guarded_product(weights, v, visible, product)
+        rows.weighted[:] += product
 
     def _end(self, rows: _Rows, batch: int, block: _Block, *, careful: bool) -> bool:
         """Write the rows; False, with nothing written, if poison asks for the careful way."""
-        if rows.fresh:
-            rows.weighted.fill(0)
         if not careful and not np.isfinite(np.sum(rows.weighted) + np.sum(rows.total)):
             return False
         seen = rows.top != -np.inf
         factor = np.exp(-np.where(seen, rows.top, 0))
-        self._shrink(rows, factor)
+        _shrink(rows, factor)
         at = (batch, block.head, slice(*block.rows))
         self.result.maximum[at] = np.where(seen, rows.reference + rows.top, -np.inf)
         self.result.total[at] = rows.total
         self.result.weighted[at] = rows.weighted
         return True
+
+
+def _shrink(rows: _Rows, factor: Array) -> None:
+    rows.total[:] *= factor
+    rows.weighted[:] *= factor[:, None]

@@ -14,10 +14,10 @@ _EDGES = """\
 """
 _MASK = "np.copyto(scores, -np.inf, where=~cut(self.mask, at, rows, columns))"
 _FINISH = """\
-        self._careful.finish(scores, (batch, block.head), block.rows, columns, scratch)
+        self._careful.finish(scores, at, span, columns, scratch)
         visible = None
         if not np.isfinite(np.sum(v)):
-            visible = self._careful.visible(scores.shape, (batch, block.head), block.rows, columns)
+            visible = self._careful.visible(scores.shape, at, span, columns)
         old = np.where(rows.top == -np.inf, -np.inf, rows.reference)
         new = np.maximum(old, np.maximum.reduce(scores, axis=1))
 """
@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant(
         "no rescale on a new maximum: lazy",
         FORWARD,
-        "        self._shrink(rows, np.exp(-np.maximum(move, 0)))\n",
+        "            _shrink(rows, np.exp(-np.maximum(move, 0)))\n",
         "",
         KERNELS,
         "references_move",
@@ -43,7 +43,7 @@ MUTANTS = (
     Mutant(
         "no rescale on a new maximum: careful",
         FORWARD,
-        "        self._shrink(rows, np.exp(old - base))\n",
+        "        _shrink(rows, np.exp(old - base))\n",
         "",
         KERNELS,
         "test_bias",
@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant(
         "no rescale on a new maximum: at the end",
         FORWARD,
-        "        self._shrink(rows, factor)\n",
+        "        _shrink(rows, factor)\n",
         "",
         KERNELS,
         "test_bands",
@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "chunk output scaled by exp(-maximum) only: careful",
         FORWARD,
-        "self._shrink(rows, np.exp(old - base))",
-        "self._shrink(rows, np.exp(-base))",
+        "_shrink(rows, np.exp(old - base))",
+        "_shrink(rows, np.exp(-base))",
         KERNELS,
         "test_bias",
     ),
@@ -75,7 +75,7 @@ MUTANTS = (
     Mutant(
         "rows far below their reference underflow",
         FORWARD,
-        "np.minimum.reduce(top) >= -_SLACK",
+        "np.minimum.reduce(rows.top) >= -_SLACK",
         "True",
         KERNELS,
         "large_logits",
@@ -83,8 +83,8 @@ MUTANTS = (
     Mutant(
         "a reference far away costs digits: in the same block",
         FORWARD,
-        "far = np.max(np.abs(move)) > _COARSE",
-        "far = False",
+        "if farthest > _COARSE:",
+        "if False:",
         KERNELS,
         "far_away",
     ),
