@@ -16,7 +16,7 @@ from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.protocols import Kernels
 from ringcore.ring import BackwardWork, ForwardWork
 from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
-from ringcore.values import Array
+from ringcore.values import Array, namespace
 
 _GRADIENTS = ("q", "k", "v", "bias")
 
@@ -181,7 +181,7 @@ def _prepare(
         partials = [work.take_result() for work in works]
         lse = session.join([partial.lse for partial in partials], deal.q_layout) if with_lse else None
         statistics = [(_normalised(partial), partial.maximum, partial.total) for partial in partials]
-        xp, dtype = array_api_compat.array_namespace(arguments.q), arguments.q.dtype
+        xp, dtype = namespace(arguments.q), arguments.q.dtype
         out = session.join([xp.astype(wide, dtype, copy=False) for wide, _, _ in statistics], deal.q_layout)
         return swap_axes(out, arguments.axes), lse, statistics
 
@@ -192,7 +192,7 @@ def _pull_back(
     arguments: Arguments, session: Session, works: Sequence[ForwardWork], statistics: Statistics,
     dout: Array, dlse: Array | None, wrt: tuple[str, ...],
 ) -> tuple[Array, ...]:  # fmt: skip
-    xp = array_api_compat.array_namespace(dout)
+    xp = namespace(dout)
     deal, axes, wide = session.deal, arguments.axes, accumulation_dtype(arguments.q)
     douts = session.split(swap_axes(dout, axes), deal.q_layout)
     dlses = [None] * len(works) if dlse is None else session.split(dlse, deal.q_layout)
@@ -219,7 +219,7 @@ def _pull_back(
 
 def _normalised(partial: Partial) -> Array:
     """The partial's out in its own dtype; the buffers of ``partial.weighted`` are used up."""
-    xp = array_api_compat.array_namespace(partial.weighted)
+    xp = namespace(partial.weighted)
     out = xp.astype(partial.weighted, partial.total.dtype, copy=False)
     out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
     return out

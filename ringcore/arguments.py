@@ -13,7 +13,7 @@ import array_api_compat
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, UnsupportedError
 from ringcore.layout import Layout, check_layout_name
 from ringcore.partial import FLOATING, accumulation_dtype, dtype_name
-from ringcore.values import Array, Score
+from ringcore.values import Array, Score, namespace
 
 AXES = ("bhsd", "bshd")
 
@@ -74,7 +74,7 @@ def check_arguments(
 
 def swap_axes(x: Array, axes: str) -> Array:
     """[B, S, H, D] as [B, H, S, D] and back, if ``axes`` says so; a view where the library has views."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     return x if axes == "bhsd" else xp.permute_dims(x, (0, 2, 1, 3))
 
 
@@ -131,7 +131,7 @@ def _check_arrays(arrays: dict[str, Any]) -> None:
     libraries = {}
     for name, x in given.items():
         check_array(name, x)
-        libraries[name] = array_api_compat.array_namespace(x).__name__.removeprefix("array_api_compat.")
+        libraries[name] = namespace(x).__name__.removeprefix("array_api_compat.")
     if len(set(libraries.values())) > 1:
         raise DeviceError(
             f"the arrays belong to different libraries ({_listed(libraries)}). Convert them to one first, "
@@ -187,7 +187,7 @@ def _four_axes(name: str, term: Array, q: Array) -> Array:
             f"{name} has {term.ndim} axes, shape {came}; it must have two to four, the last ones of [B, H, S, N]. "
             "What is one for all rows has 1 in the place of S."
         )
-    xp = array_api_compat.array_namespace(term)
+    xp = namespace(term)
     term = xp.reshape(term, (1,) * (4 - term.ndim) + came) if term.ndim < 4 else term
     for axis, letter in enumerate("BHS"):
         if term.shape[axis] not in (1, q.shape[axis]):
@@ -202,7 +202,7 @@ def within_range(bias: Array | None, q: Array) -> Array | None:
     """The bias with its finite numbers in the range of the scores: one that rounded to -inf would hide its key."""
     if bias is None or dtype_name(bias) != "float64" or dtype_name(q) == "float64":
         return bias
-    xp = array_api_compat.array_namespace(bias)
+    xp = namespace(bias)
     largest = float(xp.finfo(accumulation_dtype(q)).max)
     return xp.where(xp.isfinite(bias), xp.clip(bias, -largest, largest), bias)
 
@@ -231,7 +231,7 @@ def _softcap(softcap: Any, q: Array) -> float | None:
         return None
     value = _number("softcap", softcap, q)
     # A cap is divided by: one that rounds to 0 in the scores' dtype would give NaN.
-    smallest = float(array_api_compat.array_namespace(q).finfo(accumulation_dtype(q)).smallest_normal)
+    smallest = float(namespace(q).finfo(accumulation_dtype(q)).smallest_normal)
     if value < smallest:
         due = "larger than 0" if value <= 0 else f"at least {smallest:.2g} for {dtype_name(q)} arrays"
         raise KeywordError(f"softcap is {softcap!r}; it must be {due}, or None for no cap.")
@@ -250,7 +250,7 @@ def _number(name: str, value: Any, q: Array) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    xp, wide = array_api_compat.array_namespace(q), "float64" if dtype_name(q) == "float64" else "float32"
+    xp, wide = namespace(q), "float64" if dtype_name(q) == "float64" else "float32"
     if not abs(number) <= float(xp.finfo(accumulation_dtype(q)).max):  # so that NaN fails, too
         raise KeywordError(f"{name} is {number}; it must be finite in {wide}, in which scores are kept.")
     return number

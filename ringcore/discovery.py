@@ -11,7 +11,7 @@ from ringcore.errors import KeywordError, MissingDependency, UnsupportedError
 from ringcore.partial import dtype_name
 from ringcore.protocols import Kernels, Transport
 from ringcore.tile import ReferenceKernels
-from ringcore.values import Array
+from ringcore.values import Array, namespace
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -69,7 +69,7 @@ def find_transport(ring: Any) -> Transport:
 
 def library(x: Array) -> str:
     """The bare name of the library of x: "numpy", "torch", "cupy", ..."""
-    name: str = array_api_compat.array_namespace(x).__name__
+    name: str = namespace(x).__name__
     return name.removeprefix("array_api_compat.").partition(".")[0]
 
 

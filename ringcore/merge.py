@@ -8,7 +8,7 @@ import array_api_compat
 
 from ringcore.errors import ShapeError
 from ringcore.partial import Partial, accumulation_dtype
-from ringcore.values import Array
+from ringcore.values import Array, namespace
 
 
 def merge(first: Partial, second: Partial) -> Partial:
@@ -29,7 +29,7 @@ def merge(first: Partial, second: Partial) -> Partial:
                 f"{name} has shape {tuple(due)} in the first partial and {tuple(came)} in the second. "
                 "Merge partials of the same queries."
             )
-    xp = array_api_compat.array_namespace(first.weighted, second.weighted)
+    xp = namespace(first.weighted, second.weighted)
     wide = _wider(xp, first.maximum.dtype, second.maximum.dtype)
     first, second = _canonical(xp, first, wide), _canonical(xp, second, wide)
     maximum = xp.maximum(first.maximum, second.maximum)
@@ -62,7 +62,7 @@ def empty_partial(q: Array, value_dim: int) -> Partial:
 
     ``weighted`` is [B, H, S, value_dim]; the dtype is q's accumulation dtype, the device q's.
     """
-    xp = array_api_compat.array_namespace(q)
+    xp = namespace(q)
     dtype, device = accumulation_dtype(q), array_api_compat.device(q)
     rows = tuple(q.shape[:-1])
     return Partial(

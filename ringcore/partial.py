@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import array_api_compat
-
 from ringcore.errors import DtypeError, KeywordError, ShapeError
-from ringcore.values import Array
+from ringcore.values import Array, namespace
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that attention is defined for, by name."""
@@ -36,7 +34,7 @@ class Partial:
     @property
     def out(self) -> Array:
         """The attention output [B, H, S, E]: weighted / total, and 0 where no key was seen."""
-        xp = array_api_compat.array_namespace(self.weighted)
+        xp = namespace(self.weighted)
         seen = self.seen
         ratio = xp.astype(self.weighted, self.total.dtype) / xp.where(seen, self.total, 1.0)[..., None]
         return xp.where(seen[..., None], ratio, 0.0)
@@ -44,7 +42,7 @@ class Partial:
     @property
     def lse(self) -> Array:
         """log of the sum of exp(s) over the keys seen [B, H, S], natural log; -inf where there was none."""
-        xp = array_api_compat.array_namespace(self.weighted)
+        xp = namespace(self.weighted)
         seen = self.seen
         return xp.where(seen, self.maximum + xp.log(xp.where(seen, self.total, 1.0)), -math.inf)
 
@@ -57,7 +55,7 @@ class Partial:
         Raises ShapeError if the shapes do not fit, DtypeError for an lse in a half type, KeywordError if
         an lse is +inf (some kernels mark empty rows so: convert it to -inf first).
         """
-        xp = array_api_compat.array_namespace(out, lse)
+        xp = namespace(out, lse)
         if tuple(out.shape[:-1]) != tuple(lse.shape):
             raise ShapeError(
                 f"lse has shape {tuple(lse.shape)}, but out of shape {tuple(out.shape)} needs "
@@ -80,7 +78,7 @@ class Partial:
 
 def accumulation_dtype(x: Array) -> Array:
     """The dtype in which sums over x are kept: float64 for float64, float32 for everything narrower."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     return xp.float64 if dtype_name(x) == "float64" else xp.float32
 
 

@@ -10,7 +10,7 @@ from ringcore.arrays import put, slice_of
 from ringcore.errors import DtypeError, LayoutError, ShapeError
 from ringcore.layout import Layout, layout_of_lengths, resolve_layout
 from ringcore.partial import dtype_name
-from ringcore.values import Array
+from ringcore.values import Array, namespace
 
 
 def shard(x: Array, layout: str | Layout, rank: int, size: int, axis: int = 2) -> Array:
@@ -20,7 +20,7 @@ def shard(x: Array, layout: str | Layout, rank: int, size: int, axis: int = 2) -
     Raises LayoutError if the layout does not fit x's length or ``size``, or if there is no such rank.
     """
     axis = _checked_axis(x, axis)
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     if not 0 <= rank < size:
         raise LayoutError(f"rank is {rank}, but the ring has {size} ranks: 0 to {size - 1}.")
     resolved = resolve_layout(layout, x.shape[axis], size, "x")
@@ -52,7 +52,7 @@ def unshard(parts: Sequence[Array], layout: str | Layout, axis: int = 2) -> Arra
             raise DtypeError(
                 f"the part of rank {rank} holds {dtype_name(part)}, that of rank 0 {dtype_name(parts[0])}."
             )
-    xp = array_api_compat.array_namespace(*parts)
+    xp = namespace(*parts)
     resolved = layout_of_lengths(layout, [part.shape[axis] for part in parts], "parts")
     if len(parts) == 1 and resolved.shards in (((range(resolved.length),),), ((),)):
         return parts[0]

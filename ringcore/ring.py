@@ -15,7 +15,7 @@ from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
 from ringcore.merge import empty_partial
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.protocols import Kernels
-from ringcore.values import Array, Begin, Blocks, Finish, Gradients, Move, Plan, Score, Spec, Tile
+from ringcore.values import Array, Begin, Blocks, Finish, Gradients, Move, Plan, Score, Spec, Tile, namespace
 
 Loop: TypeAlias = Generator[Begin | Finish, Any, Blocks | None]
 
@@ -232,7 +232,7 @@ def _fields(partial: Partial) -> Blocks:
 
 
 def _zeros(x: Array) -> Array:
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     return xp.zeros(x.shape, dtype=accumulation_dtype(x), device=array_api_compat.device(x))
 
 

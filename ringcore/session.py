@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import array_api_compat
-
 from ringcore.agreement import Agreed, Note, agree
 from ringcore.arguments import Arguments, check_columns
 from ringcore.exchange import InPlace, run_rank
@@ -17,7 +15,7 @@ from ringcore.partition import shard, unshard
 from ringcore.protocols import OneSided, Transport
 from ringcore.ring import Work, ring
 from ringcore.schedule import Visibility, ring_plans
-from ringcore.values import Array, Blocks, Plan, Spec
+from ringcore.values import Array, Blocks, Plan, Spec, namespace
 
 
 @dataclass(frozen=True)
@@ -149,5 +147,5 @@ def join_term(session: Session, parts: Sequence[Array], term: Array) -> Array:
     """The gradient of a bias, in its own shape: this process's share where rows are shared."""
     if term.shape[2] != 1:
         return session.join(parts, session.deal.q_layout)
-    xp = array_api_compat.array_namespace(*parts)
+    xp = namespace(*parts)
     return xp.sum(xp.stack(list(parts)), axis=0)

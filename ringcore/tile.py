@@ -14,7 +14,7 @@ import array_api_compat
 from ringcore.arrays import add
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, known
-from ringcore.values import Array, Band, Capabilities, Gradients, Score, Tile
+from ringcore.values import Array, Band, Capabilities, Gradients, Score, Tile, namespace
 
 _BLOCK = 512
 _LARGEST_SCORES = 1 << 21  # numbers in one block of scores over all batch entries and heads
@@ -30,7 +30,7 @@ class ReferenceKernels:
         bias: Array | None = None, mask: Array | None = None, state: Partial | None = None,
     ) -> Partial:  # fmt: skip
         """The tile's partial merged into ``state``; see `ringcore.protocols.Kernels`."""
-        xp = array_api_compat.array_namespace(q)
+        xp = namespace(q)
         columns = []
         for rows in _spans(0, q.shape[2], _rows_per_block(q)):
             part = empty_partial(q[:, :, slice(*rows), ...], v.shape[-1])
@@ -52,7 +52,7 @@ class ReferenceKernels:
         score: Score, tile: Tile, bias: Array | None = None, mask: Array | None = None, into: Gradients,
     ) -> Gradients:  # fmt: skip
         """``into`` plus the tile's gradients; see `ringcore.protocols.Kernels`."""
-        xp = array_api_compat.array_namespace(q)
+        xp = namespace(q)
         dq, dk, dv, dbias = into.dq, into.dk, into.dv, into.dbias
         for rows in _spans(0, q.shape[2], _rows_per_block(q)):
             row_part = slice(None), slice(None), slice(*rows), ...
@@ -87,7 +87,7 @@ class _Block:
         self, q: Array, k: Array, v: Array, rows: tuple[int, int], keys: tuple[int, int],
         score: Score, band: Band, bias: Array | None, mask: Array | None,
     ) -> None:  # fmt: skip
-        xp = self.xp = array_api_compat.array_namespace(q)
+        xp = self.xp = namespace(q)
         self.dtype, self.score = accumulation_dtype(q), score
         row_part, key_part = slice(*rows), slice(*keys)
         self.q = _grouped(xp.astype(q[:, :, row_part, ...], self.dtype), k.shape[1])
@@ -179,7 +179,7 @@ def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
 
 
 def _band_mask(like: Array, rows: tuple[int, int], keys: tuple[int, int], band: Band) -> Array:
-    xp, device = array_api_compat.array_namespace(like), array_api_compat.device(like)
+    xp, device = namespace(like), array_api_compat.device(like)
     distance = xp.arange(*keys, dtype=xp.int64, device=device)[None, :]
     distance = distance - xp.arange(*rows, dtype=xp.int64, device=device)[:, None]
     visible = xp.ones(distance.shape, dtype=xp.bool, device=device)
@@ -192,18 +192,18 @@ def _band_mask(like: Array, rows: tuple[int, int], keys: tuple[int, int], band: 
 
 def _grouped(x: Array, key_heads: int) -> Array:
     """[B, H, ...] as [B, Hk, G, ...]: query head h reads key head h // G."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     return xp.reshape(x, (x.shape[0], key_heads, x.shape[1] // key_heads, *x.shape[2:]))
 
 
 def _ungrouped(x: Array) -> Array:
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     return xp.reshape(x, (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]))
 
 
 def _unbroadcast(gradient: Array, like: Array) -> Array:
     """The gradient summed over the axes that ``like`` has only once."""
-    xp = array_api_compat.array_namespace(gradient)
+    xp = namespace(gradient)
     axes = tuple(i for i in range(4) if like.shape[i] == 1 and gradient.shape[i] != 1)
     return xp.sum(gradient, axis=axes, keepdims=True) if axes else gradient
 
