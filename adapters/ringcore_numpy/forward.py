@@ -19,7 +19,7 @@ from ringcore_numpy.tiles import Careful, Span, accumulation, add_edges, blocks,
 _ROWS = 528
 _STEP = 176  # rows of a piece where an edge of the band cuts the tile: less of it is computed in vain
 _KEYS = 1552  # a row of scores of 4096 bytes would put every row into the same few sets of the cache
-_STRIP = 8  # blocks of rows that share one prepared block of keys
+_STRIP = 6  # blocks of rows that share one prepared block of keys
 _FEWEST = 8  # tasks below which blocks are made smaller; fixed, so that results do not depend on the threads
 _SLACK = 8.0  # exp(8) leaves float32 sums of any length far from overflow
 _COARSE = 64.0  # a reference this far off costs digits of the difference: the product is taken again
@@ -83,7 +83,7 @@ class Forward:
         self._k_heads, self._width, self._values = v.shape[1:]
         self._band = band.clipped(height, self._width)
         self._plain = bias is None and mask is None and score.softcap is None
-        self._careful = Careful(score, self._band, bias, mask, _ROWS)
+        self._careful = Careful(score, self._band, bias, mask, _STEP)
         self._keys = _KEYS if self._dtype is np.float32 else _KEYS // 2
         self._ones = np.ones(self._keys, dtype=self._dtype)
         self._state = state
@@ -212,7 +212,7 @@ class Forward:
         """Add one block of keys, none of which has a bias or a mask beside the band."""
         scores = scratch.take("scores", (rows.q.shape[0], k.shape[1]), self._dtype)
         np.matmul(rows.q, k, out=scores)
-        add_edges(scores, self._band, at, columns, _ROWS)
+        add_edges(scores, self._band, at, columns, _STEP)
         # Written so that NaN fails, too. Most rows find a score near their largest in their first block.
         settled = np.minimum.reduce(rows.top) >= -_SLACK
         if not (settled and np.maximum.reduce(scores, axis=None) <= _SLACK):
@@ -230,7 +230,7 @@ class Forward:
             np.negative(rows.reference, out=rows.q[:, -1])
             if farthest > _COARSE:
                 np.matmul(rows.q, k, out=scores)
-                add_edges(scores, self._band, at, columns, _ROWS)
+                add_edges(scores, self._band, at, columns, _STEP)
                 np.maximum(rows.top - move, np.maximum.reduce(scores, axis=1), out=top)
             else:
                 scores -= move[:, None]
