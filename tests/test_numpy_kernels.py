@@ -136,12 +136,23 @@ def run_backward(c: Case, d: Dense, kernels=None, into=None) -> Gradients:
     kernels = kernels or NumpyKernels(2)
     into = into or zeros(c)
     wide = np.float64 if c.q.dtype == np.float64 else np.float32
-    rows = (x.astype(wide) for x in (d.maximum, d.total, d.delta))
+    rows = (x.astype(wide, copy=False) for x in (d.maximum, d.total, d.delta))
     got = kernels.backward(
         c.dout, c.q, c.k, c.v, *rows, score=c.score, tile=c.tile, bias=c.bias, mask=c.mask, into=into
     )
     assert got is into
     return got
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_backward_reads_strided_statistics(dtype, step):
+    c = case(dtype=dtype, band=Band(-9, 3))
+    d = dense(c)
+    wide = [np.repeat(x.astype(dtype), step, axis=-1)[..., ::step] for x in (d.maximum, d.total, d.delta)]
+    got = run_backward(c, replace(d, maximum=wide[0], total=wide[1], delta=wide[2]))
+    for name in ("dq", "dk", "dv"):
+        close(getattr(got, name), getattr(d, name), 1e-5 if dtype is np.float32 else 1e-12, name)
 
 
 def close(got, want, tolerance, name=""):

@@ -159,7 +159,8 @@ class Backward:
         maximum, total = self._maximum[at], self._total[at]
         q = scratch.take("q", (height, self._depth + 1), self._dtype)
         q[:, :-1] = self._q[at]
-        np.negative(maximum, out=q[:, -1])
+        # Not np.negative: NumPy 2.4's is wrong from strided float32 into strided memory.
+        np.multiply(maximum, -1.0, out=q[:, -1])
         inverse = np.reciprocal(total, dtype=self._dtype)
         dout = scratch.take("dout", (height, self._values + 1), self._dtype)
         dout[:, :-1] = self._dout[at]
