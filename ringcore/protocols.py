@@ -52,7 +52,7 @@ class Kernels(Protocol):
         v: Array,
         maximum: Array,
         total: Array,
-        delta: Array,
+        delta: Array | None,
         *,
         score: Score,
         tile: Tile,
@@ -63,7 +63,9 @@ class Kernels(Protocol):
         """``into`` plus the tile's gradients, in the accumulation dtype; fields that are None stay None.
 
         maximum and total [B, H, S] are those of the finished row over all keys, delta is
-        rowsum(dout * out) - dlse. The buffers of ``into`` may be reused.
+        rowsum(dout * out) - dlse. Kernels whose capabilities say ``whole_rows`` get None for it and two keywords more:
+        ``out`` [B, H, S, E] of the finished rows in q's dtype, and ``dlse`` [B, H, S] or None. The buffers of ``into``
+        may be reused.
         """
         ...
 

@@ -150,14 +150,21 @@ class ForwardWork:
 class BackwardWork:
     """q, dout and the row statistics stay, (k, v) visit, dq and dbias accumulate here, (dk, dv) are carried home.
 
-    ``wanted`` names the gradients to compute, out of q, k, v and bias.
+    ``wide`` is ``out`` before its last cast. ``wanted`` names the gradients to compute, out of q, k, v and bias.
     """
 
     def __init__(
-        self, dout: Array, forward: ForwardWork, maximum: Array, total: Array, delta: Array, wanted: frozenset[str]
-    ) -> None:
-        self.dout, self.forward, self.wanted = dout, forward, wanted
-        self.maximum, self.total, self.delta = maximum, total, delta
+        self, forward: ForwardWork, dout: Array, dlse: Array | None, out: Array, wide: Array,
+        maximum: Array, total: Array, *, wanted: frozenset[str],
+    ) -> None:  # fmt: skip
+        self.forward, self.dout, self.wanted = forward, dout, wanted
+        self.maximum, self.total = maximum, total
+        self.delta: Array | None = None
+        self.rows: dict[str, Array | None] = {}
+        if forward.kernels.capabilities.whole_rows:
+            self.rows = {"out": out, "dlse": dlse}
+        else:
+            self.delta = _delta(dout, wide, dlse)
         self.dq = _zeros(forward.q) if "q" in wanted else None
         self.dbias = _zeros(forward.bias) if "bias" in wanted else None
 
@@ -187,8 +194,9 @@ class BackwardWork:
             into = Gradients(*(None if x is None else x[index] for x, index in places))
             gained = forward.kernels.backward(
                 self.dout[rows], forward.q[rows], k[keys], v[keys],
-                self.maximum[rows], self.total[rows], self.delta[rows],
+                self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
                 score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+                **{name: None if x is None else x[rows] for name, x in self.rows.items()},
             )  # fmt: skip
             if gained is not into:
                 new = gained.dq, gained.dk, gained.dv, gained.dbias
@@ -229,6 +237,13 @@ def _terms(bias: Array | None, mask: Array | None, tile: Tile) -> dict[str, Arra
 
 def _fields(partial: Partial) -> Blocks:
     return partial.weighted, partial.maximum, partial.total
+
+
+def _delta(dout: Array, out: Array, dlse: Array | None) -> Array:
+    """rowsum(dout * out) - dlse [B, H, S], in the accumulation dtype."""
+    xp = namespace(out)
+    delta = xp.sum(out * xp.astype(dout, out.dtype), axis=-1)
+    return delta if dlse is None else delta - xp.astype(dlse, out.dtype)
 
 
 def _zeros(x: Array) -> Array:

@@ -197,8 +197,9 @@ class Capabilities:
     """What kernels can do; what they cannot is refused by name, or other kernels are taken.
 
     dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any. devices: kinds of
-    device, such as "cpu" and "cuda"; empty is any. lse_only: backward reads maximum + log(total) alone. poison_rows:
-    NaN in a key that only some rows see stays out of the others.
+    device, such as "cpu" and "cuda"; empty is any. lse_only: backward reads maximum + log(total) alone. whole_rows:
+    backward is given the finished ``out`` and ``dlse`` by name, and None for delta, which it computes itself.
+    poison_rows: NaN in a key that only some rows see stays out of the others.
     """
 
     name: str
@@ -210,6 +211,7 @@ class Capabilities:
     softcap: bool = True
     gradient: bool = True
     lse_only: bool = False
+    whole_rows: bool = False
     poison_rows: bool = True
     largest_head: int | None = None
 

@@ -184,8 +184,8 @@ FAILURES = {
         "rank 1 failed",
     ),
     "a rank fails after the loop": (
-        "    import ringcore.api as api\n"
-        "    def full(*a, **k): raise MemoryError('so much')\n    api._normalised = full",
+        "    import ringcore.call as call\n"
+        "    def full(*a, **k): raise MemoryError('so much')\n    call._normalised = full",
         "rank 1 failed",
     ),
     "a rank is interrupted": (

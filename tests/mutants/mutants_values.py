@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "missing final division: out of the ring",
-        "ringcore/api.py",
+        "ringcore/call.py",
         "    out /= xp.where(partial.seen, partial.total, 1.0)[..., None]\n",
         "",
         RING,
@@ -79,7 +79,7 @@ MUTANTS = (
     ),
     Mutant(
         "epsilon in a denominator: out of the ring",
-        "ringcore/api.py",
+        "ringcore/call.py",
         "xp.where(partial.seen, partial.total, 1.0)",
         "(partial.total + 1e-8)",
         RING,
@@ -103,9 +103,9 @@ MUTANTS = (
     ),
     Mutant(
         "half lse: returned in the dtype of q",
-        "ringcore/api.py",
-        "[partial.lse for partial in partials]",
-        "[partial.lse.astype(arguments.q.dtype) for partial in partials]",
+        "ringcore/call.py",
+        "return Partial(self.wide, self.maximum, self.total).lse",
+        "return Partial(self.wide, self.maximum, self.total).lse.astype(self.out.dtype)",
         PRECISION,
         "half_types_are_rounded_once",
         error="DtypeError",  # the pullback refuses a dlse of the dtype that lse should have had
@@ -136,9 +136,9 @@ MUTANTS = (
     ),
     Mutant(
         "out left in the accumulation dtype",
-        "ringcore/api.py",
-        "[xp.astype(wide, dtype, copy=False) for wide, _, _ in statistics]",
-        "[wide for wide, _, _ in statistics]",
+        "ringcore/call.py",
+        "return Result(xp.astype(wide, dtype, copy=False), wide, maximum, total)",
+        "return Result(wide, wide, maximum, total)",
         PRECISION,
         "half_types_are_rounded_once",
         error="DtypeError",  # the pullback refuses a dout of the dtype that out should have had

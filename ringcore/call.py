@@ -1,0 +1,220 @@
+"""One call of attention: its keywords, and what runs once arrays are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import array_api_compat
+
+from ringcore.agreement import Note, agree, note_of
+from ringcore.arguments import Arguments, check_arguments, check_array, is_integer, swap_axes, within_range
+from ringcore.discovery import choose_kernels, find_transport, library
+from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
+from ringcore.layout import Layout
+from ringcore.partial import Partial, dtype_name
+from ringcore.protocols import Kernels
+from ringcore.ring import BackwardWork, ForwardWork
+from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
+from ringcore.values import Array, namespace
+
+Further = TypeVar("Further")
+
+GRADIENTS = ("q", "k", "v", "bias")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The keywords of one call, as they came; see `ringcore.ring_attention` for what they mean.
+
+    name: the function that was called. gradient: whether gradients are wanted, those that ``wrt`` names.
+    """
+
+    name: str
+    ring: Any
+    ring_size: int | None
+    causal: bool
+    window: tuple[int | None, int | None] | int | None
+    scale: float | None
+    softcap: float | None
+    query_offset: int | Sequence[int]
+    key_lengths: Sequence[int] | None
+    layout: str | Layout
+    axes: str
+    kernels: Kernels | str | None
+    gradient: bool = False
+    wrt: Any = ()
+
+    def prepare(
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
+        further: Callable[[Arguments], None] = lambda arguments: None,
+    ) -> Prepared:  # fmt: skip
+        """Check everything that can be checked, on a ring together with the other ranks.
+
+        ``further`` checks what came beside these arguments. Raises the errors of `ringcore.errors`.
+        """
+        transport = None if self.ring is None else find_transport(self.ring)
+
+        def check() -> tuple[tuple[Arguments, Kernels], Note]:
+            # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
+            arguments, chosen, _ = self.choose(q, k, v, bias, mask)
+            further(arguments)
+            if transport is not None and transport.size > 1:
+                transport.check(arguments.q, arguments.k, arguments.v)
+            wanted = sorted(self.wrt) if self.gradient else None
+            return (arguments, chosen), note_of(self.name, arguments, wrt=wanted)
+
+        session: Session
+        if transport is None:
+            (arguments, chosen), _ = check()
+            session = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
+        else:
+            (arguments, chosen), agreed = agree(transport, check)
+            session = ProcessSession(transport, arguments, agreed)
+        return Prepared(arguments, session, chosen)
+
+    def choose(
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
+    ) -> tuple[Arguments, Kernels, list[str]]:
+        """The checked arguments, who computes, and why each one before was passed over; nothing is sent."""
+        _check_ring_size(self.ring, self.ring_size)
+        arguments = check_arguments(
+            q, k, v, bias=bias, mask=mask, causal=self.causal, window=self.window, scale=self.scale,
+            softcap=self.softcap, query_offset=self.query_offset, key_lengths=self.key_lengths,
+            layout=self.layout, axes=self.axes,
+        )  # fmt: skip
+        terms = {"bias": bias, "mask": mask, "softcap": arguments.score.softcap}
+        needs = {name for name, term in terms.items() if term is not None}
+        if self.gradient:
+            _check_wrt(self.wrt, bias)
+            needs.add("gradient")
+        sharers = 1 if self.ring is None else find_transport(self.ring).sharers
+        chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, frozenset(needs), sharers)
+        return arguments, chosen, passed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What forward found for the rows of this caller.
+
+    out [B, H, S, E] in q's dtype and ``wide`` in the accumulation dtype (one array where these are the same);
+    maximum and total [B, H, S] of the finished rows.
+    """
+
+    out: Array
+    wide: Array
+    maximum: Array
+    total: Array
+
+    @property
+    def lse(self) -> Array:
+        """[B, H, S], natural log."""
+        return Partial(self.wide, self.maximum, self.total).lse
+
+
+class Prepared:
+    """A checked call that can run: forward once, backward as often as one likes."""
+
+    def __init__(self, arguments: Arguments, session: Session, kernels: Kernels) -> None:
+        self.arguments, self.session = arguments, session
+        deal = session.deal
+        qs, ks, vs = (
+            session.split(x, layout)
+            for x, layout in ((arguments.q, deal.q_layout), (arguments.k, deal.k_layout), (arguments.v, deal.k_layout))
+        )
+        terms = within_range(arguments.bias, arguments.q), arguments.mask
+        biases, masks = (split_term(session, term, len(qs)) for term in terms)
+        self._works = [
+            ForwardWork(*parts, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths)
+            for parts in zip(qs, ks, vs, biases, masks, strict=True)
+        ]
+
+    def forward(self) -> Result:
+        """Run the ring."""
+        session, layout, dtype = self.session, self.session.deal.q_layout, self.arguments.q.dtype
+        xp = namespace(self.arguments.q)
+        session.run(self._works)
+        partials = [work.take_result() for work in self._works]
+        maximum, total = (session.join([getattr(p, name) for p in partials], layout) for name in ("maximum", "total"))
+        wide = session.join([_normalised(partial) for partial in partials], layout)
+        return Result(xp.astype(wide, dtype, copy=False), wide, maximum, total)
+
+    def backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
+        """The gradients of the names in ``wrt``, given those of out (caller's axes) and of lse."""
+        arguments, session, axes = self.arguments, self.session, self.arguments.axes
+        deal = session.deal
+
+        def split(x: Array | None) -> list[Any]:
+            return [None] * len(self._works) if x is None else session.split(x, deal.q_layout)
+
+        rows = (swap_axes(dout, axes), dlse, result.out, result.wide, result.maximum, result.total)
+        backward = [
+            BackwardWork(work, *parts, wanted=frozenset(wrt))
+            for work, *parts in zip(self._works, *map(split, rows), strict=True)
+        ]
+        carried = session.run(backward)
+        xp = namespace(dout)
+        gradients: dict[str, Array] = {}
+        for place, home in enumerate(name for name in ("k", "v") if name in wrt):
+            parts = [blocks[place] for blocks in carried if blocks is not None]
+            gradients[home] = session.join(parts, deal.k_layout)
+        if "q" in wrt:
+            gradients["q"] = session.join([work.dq for work in backward], deal.q_layout)
+        for name, like in (("q", arguments.q), ("k", arguments.k), ("v", arguments.v)):
+            if name in wrt:
+                gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)
+        if "bias" in wrt and arguments.bias is not None:
+            whole = join_term(session, [work.dbias for work in backward], arguments.bias)
+            gradients["bias"] = xp.reshape(xp.astype(whole, arguments.bias.dtype, copy=False), arguments.bias_shape)
+        return tuple(gradients[name] for name in wrt)
+
+
+def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Array) -> None:
+    """Raise unless dout and dlse have the library, device, shape and dtype of out and lse."""
+    given = [("dout", dout, out)] if dlse is None else [("dout", dout, out), ("dlse", dlse, lse)]
+    for name, gradient, result in given:
+        check_array(name, gradient)
+        if library(gradient) != library(result):
+            raise DeviceError(
+                f"{name} is an array of {library(gradient)}, but q one of {library(result)}. Convert it first, for "
+                "example with that library's from_dlpack."
+            )
+        came, due = (str(array_api_compat.device(x)) for x in (gradient, result))
+        if came != due:
+            raise DeviceError(f"{name} is on the device {came}, but q on {due}. Move it there first.")
+        if tuple(gradient.shape) != tuple(result.shape):
+            raise ShapeError(
+                f"{name} has shape {tuple(gradient.shape)}; it must be that of {name[1:]}, {tuple(result.shape)}."
+            )
+        if dtype_name(gradient) != dtype_name(result):
+            raise DtypeError(f"{name} holds {dtype_name(gradient)}; it must be {name[1:]}'s {dtype_name(result)}.")
+
+
+def _normalised(partial: Partial) -> Array:
+    """The partial's out in its own dtype; the buffers of ``partial.weighted`` are used up."""
+    xp = namespace(partial.weighted)
+    out = xp.astype(partial.weighted, partial.total.dtype, copy=False)
+    out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
+    return out
+
+
+def _check_ring_size(ring: Any, ring_size: int | None) -> int:
+    if ring_size is None:
+        return 1
+    if ring is not None:
+        raise KeywordError(
+            f"ring and ring_size={ring_size!r} came together: ring= splits over processes, ring_size= in this one. "
+            "Give one."
+        )
+    if not is_integer(ring_size) or ring_size < 1:
+        raise KeywordError(f"ring_size is {ring_size!r}; it must be a whole number of ranks, 1 or more.")
+    return int(ring_size)
+
+
+def _check_wrt(wrt: Sequence[str], bias: Array | None) -> None:
+    names = list(wrt) if isinstance(wrt, Sequence) and not isinstance(wrt, str) else []
+    if not names or any(name not in GRADIENTS or names.count(name) > 1 for name in names):
+        raise KeywordError(f"wrt is {wrt!r}; it must hold some of {', '.join(GRADIENTS)}, each once, in a tuple.")
+    if "bias" in names and bias is None:
+        raise KeywordError('wrt holds "bias", but there is no bias. Give bias= or leave it out of wrt.')
