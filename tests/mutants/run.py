@@ -162,7 +162,7 @@ def judge(mutant: Mutant, ran: Ran) -> Verdict:
 
 def put_to_the_test(mutant: Mutant) -> Verdict:
     """Plant one mutant in a tree of its own and run its tests."""
-    with tempfile.TemporaryDirectory(prefix="ringcore-mutant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ringcore-mutant-", ignore_cleanup_errors=True) as folder:
         tree = Path(folder).resolve()
         copy_tree(tree)
         wrong = plant(mutant, tree)
@@ -173,7 +173,7 @@ def put_to_the_test(mutant: Mutant) -> Verdict:
 
 def sound(mutants: Sequence[Mutant], workers: ThreadPoolExecutor) -> bool:
     """Whether all the named tests pass on the tree as it is; says which do not."""
-    with tempfile.TemporaryDirectory(prefix="ringcore-mutant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ringcore-mutant-", ignore_cleanup_errors=True) as folder:
         runs = []
         ordered = sorted(mutants, key=lambda m: (m.tests, m.ranks))
         for (tests, ranks), group in groupby(ordered, key=lambda m: (m.tests, m.ranks)):
