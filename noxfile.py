@@ -60,6 +60,7 @@ def strict(session: nox.Session) -> None:
 def torch(session: nox.Session) -> None:
     """Torch on the CPU: ring in one process, and over MPI."""
     install(session, "test,mpich", TORCH)
+    pytest(session, "tests/torch")
     pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
 
@@ -107,7 +108,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, strictly."""
-    install(session, "cli", "mypy==2.4.1")
+    install(session, "cli", TORCH, "mypy==2.4.1")
     session.run("mypy")
 
 

@@ -1,6 +1,7 @@
 """Exact attention over a sequence that is split across a ring of processes or devices."""
 
 from ringcore.api import ring_attention, ring_attention_vjp
+from ringcore.call import Call, Result, check_output_gradients
 from ringcore.errors import (
     AgreementError,
     DeviceError,
@@ -30,6 +31,7 @@ __all__ = [
     "Array",
     "Band",
     "Blocks",
+    "Call",
     "Capabilities",
     "DeviceError",
     "DtypeError",
@@ -46,6 +48,7 @@ __all__ = [
     "PeerError",
     "Pending",
     "Plan",
+    "Result",
     "RingTimeout",
     "RingcoreError",
     "Score",
@@ -57,6 +60,7 @@ __all__ = [
     "TransportError",
     "UnsupportedError",
     "accumulation_dtype",
+    "check_output_gradients",
     "contiguous",
     "dtype_name",
     "empty_partial",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ringcore.arguments import check_flag, swap_axes
+from ringcore.arguments import check_detached, check_flag, swap_axes
 from ringcore.call import Call, check_output_gradients
+from ringcore.discovery import autograd_adapter
 from ringcore.layout import Layout
 from ringcore.protocols import Kernels
 from ringcore.values import Array
@@ -69,11 +71,18 @@ def ring_attention(
     Raises the errors of `ringcore.errors`, on every rank of a ring, before any tensor data is sent.
     Source: Liu, Zaharia and Abbeel 2023, arXiv:2310.01889, with the merge of `ringcore.merge`.
     """
-    call = Call(
-        "ring_attention", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
-        query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes, kernels=kernels,
-    )  # fmt: skip
-    prepared = call.prepare(q, k, v, bias, mask, lambda _: check_flag("return_lse", return_lse))
+    keywords: dict[str, Any] = {
+        "ring": ring, "ring_size": ring_size, "causal": causal, "window": window, "scale": scale, "softcap": softcap,
+        "query_offset": query_offset, "key_lengths": key_lengths, "layout": layout, "axes": axes, "kernels": kernels,
+    }  # fmt: skip
+    adapter = autograd_adapter(type(q))
+    if adapter is not None:
+        found = sys.modules[adapter].attend(q, k, v, bias, mask, return_lse=return_lse, **keywords)
+        if found is not NotImplemented:
+            return found
+    prepared = Call("ring_attention", **keywords).prepare(
+        q, k, v, bias, mask, lambda _: check_flag("return_lse", return_lse)
+    )
     result = prepared.forward()
     out = swap_axes(result.out, axes)
     return (out, result.lse) if return_lse else out
@@ -113,7 +122,7 @@ def ring_attention_vjp(
         softcap=softcap, query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes,
         kernels=kernels, gradient=True, wrt=wrt,
     )  # fmt: skip
-    prepared = call.prepare(q, k, v, bias, mask)
+    prepared = call.prepare(q, k, v, bias, mask, lambda _: check_detached(q=q, k=k, v=v, bias=bias))
     result = prepared.forward()
     out, lse, names = swap_axes(result.out, axes), result.lse, tuple(wrt)
 

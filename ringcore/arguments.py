@@ -109,7 +109,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_array(name: str, x: Any) -> None:
-    """Raise unless x is an array all of which attention can honour: no hidden mask, no gradient to be recorded."""
+    """Raise unless x is an array all of which attention can honour."""
     if not array_api_compat.is_array_api_obj(x):
         raise DtypeError(f"{name} is a {type(x).__name__}; it must be an array of NumPy, CuPy, Torch, JAX or the like.")
     if type(x).__name__ == "MaskedArray":
@@ -119,11 +119,16 @@ def check_array(name: str, x: Any) -> None:
         )
     if array_api_compat.is_torch_array(x) and str(x.layout) != "torch.strided":
         raise UnsupportedError(f"{name} is a tensor of layout {x.layout}; attention is defined for dense ones.")
-    if getattr(x, "requires_grad", False) is True:
-        raise UnsupportedError(
-            f"{name} requires grad, but Torch's autograd does not see through the ring. Call "
-            "ringcore.ring_attention_vjp with detached tensors and use the pullback that it returns."
-        )
+
+
+def check_detached(**arrays: Any) -> None:
+    """Raise UnsupportedError for a tensor whose gradients Torch would have to record."""
+    for name, x in arrays.items():
+        if getattr(x, "requires_grad", False) is True:
+            raise UnsupportedError(
+                f"{name} requires grad, but Torch's autograd does not see through a pullback. Call "
+                "ringcore.ring_attention, which it does see through, or give detached tensors."
+            )
 
 
 def _check_arrays(arrays: dict[str, Any]) -> None:

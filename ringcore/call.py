@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 import array_api_compat
 
 from ringcore.agreement import Note, agree, note_of
-from ringcore.arguments import Arguments, check_arguments, check_array, is_integer, swap_axes, within_range
+from ringcore.arguments import (
+    Arguments,
+    check_arguments,
+    check_array,
+    check_detached,
+    is_integer,
+    swap_axes,
+    within_range,
+)
 from ringcore.discovery import choose_kernels, find_transport, library
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
 from ringcore.layout import Layout
@@ -98,8 +106,8 @@ class Call:
 class Result:
     """What forward found for the rows of this caller.
 
-    out [B, H, S, E] in q's dtype and ``wide`` in the accumulation dtype (one array where these are the same);
-    maximum and total [B, H, S] of the finished rows.
+    out [B, H, S, E] in q's dtype and ``wide`` as the kernels left it, mostly in the accumulation dtype (one array where
+    these are the same); maximum and total [B, H, S] of the finished rows.
     """
 
     out: Array
@@ -137,7 +145,10 @@ class Prepared:
         session.run(self._works)
         partials = [work.take_result() for work in self._works]
         maximum, total = (session.join([getattr(p, name) for p in partials], layout) for name in ("maximum", "total"))
-        wide = session.join([_normalised(partial) for partial in partials], layout)
+        parts = [_normalised(partial) for partial in partials]
+        if any(part.dtype != parts[0].dtype for part in parts):  # some shards met one fused tile, others several
+            parts = [xp.astype(part, maximum.dtype, copy=False) for part in parts]
+        wide = session.join(parts, layout)
         return Result(xp.astype(wide, dtype, copy=False), wide, maximum, total)
 
     def backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
@@ -173,6 +184,7 @@ class Prepared:
 def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Array) -> None:
     """Raise unless dout and dlse have the library, device, shape and dtype of out and lse."""
     given = [("dout", dout, out)] if dlse is None else [("dout", dout, out), ("dlse", dlse, lse)]
+    check_detached(dout=dout, dlse=dlse)
     for name, gradient, result in given:
         check_array(name, gradient)
         if library(gradient) != library(result):
@@ -192,9 +204,10 @@ def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Arr
 
 
 def _normalised(partial: Partial) -> Array:
-    """The partial's out in its own dtype; the buffers of ``partial.weighted`` are used up."""
-    xp = namespace(partial.weighted)
-    out = xp.astype(partial.weighted, partial.total.dtype, copy=False)
+    """The partial's out; the buffers of ``partial.weighted`` are used up."""
+    xp, out = namespace(partial.weighted), partial.weighted
+    if out.dtype != partial.total.dtype:  # a fused kernel's, untouched: each total is 1, or 0 over a row of 0
+        return out
     out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
     return out
 

@@ -67,6 +67,22 @@ def find_transport(ring: Any) -> Transport:
     return transport
 
 
+def autograd_adapter(kind: type) -> str | None:
+    """The name of the module, then loaded, that records gradients of attention on arrays of this type; None for none.
+
+    Its ``attend`` is like ``ring_attention``, but answers NotImplemented to arguments that must be refused.
+    """
+    modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    for name, point in _points("ringcore.autograd").items():
+        if name in modules:
+            return str(_load(point).__name__)
+    return None
+
+
+# torch.compile calls it while it traces, and keeps the name. The decorator for this, in Torch, does nothing else.
+autograd_adapter._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def library(x: Array) -> str:
     """The bare name of the library of x: "numpy", "torch", "cupy", ..."""
     name: str = namespace(x).__name__
@@ -106,7 +122,7 @@ def _loaded(name: str, sharers: int) -> Kernels:
     return kernels
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _points(group: str) -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points  # here: it takes a quarter of the time to import ringcore
 

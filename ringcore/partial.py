@@ -20,6 +20,8 @@ class Partial:
     Law: weighted = sum of exp(s - maximum) v and total = sum of exp(s - maximum) over the keys seen.
     Units: ``maximum`` is a score (natural-log scale): the largest seen, or a reference so near to it that exp can
     neither overflow nor underflow. It cancels. A row that saw no key is (0, -inf, 0).
+    Dtypes: the accumulation dtype, but for ``weighted`` of a fused kernel's result, which may stay in a half type as
+    long as every total is 1, or 0 over a row of 0.
     """
 
     weighted: Array

@@ -241,9 +241,9 @@ def _fields(partial: Partial) -> Blocks:
 
 def _delta(dout: Array, out: Array, dlse: Array | None) -> Array:
     """rowsum(dout * out) - dlse [B, H, S], in the accumulation dtype."""
-    xp = namespace(out)
-    delta = xp.sum(out * xp.astype(dout, out.dtype), axis=-1)
-    return delta if dlse is None else delta - xp.astype(dlse, out.dtype)
+    xp, dtype = namespace(out), accumulation_dtype(out)
+    delta = xp.sum(xp.astype(out, dtype, copy=False) * xp.astype(dout, dtype), axis=-1)
+    return delta if dlse is None else delta - xp.astype(dlse, dtype)
 
 
 def _zeros(x: Array) -> Array:

@@ -16,8 +16,9 @@ _CHUNK = """\
 _BACKWARD = """\
             gained = forward.kernels.backward(
                 self.dout[rows], forward.q[rows], k[keys], v[keys],
-                self.maximum[rows], self.total[rows], self.delta[rows],
+                self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
                 score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+                **{name: None if x is None else x[rows] for name, x in self.rows.items()},
             )  # fmt: skip
 """
 _LOCAL = """\
@@ -95,14 +96,15 @@ MUTANTS = (
         "local out in backward",
         "ringcore/ring.py",
         _BACKWARD,
-        _LOCAL + _BACKWARD.replace("self.delta[rows]", "(self.dout[rows] * here.out).sum(-1)"),
+        _LOCAL
+        + _BACKWARD.replace("None if self.delta is None else self.delta[rows]", "(self.dout[rows] * here.out).sum(-1)"),
         RING,
         "gradients and plain",
     ),
     Mutant(
         "delta without dlse",
         "ringcore/ring.py",
-        "return delta if dlse is None else delta - xp.astype(dlse, out.dtype)",
+        "return delta if dlse is None else delta - xp.astype(dlse, dtype)",
         "return delta",
         RING,
         "gradients and plain",
@@ -118,8 +120,8 @@ MUTANTS = (
     Mutant(
         "delta with the sign of dlse turned",
         "ringcore/ring.py",
-        "delta - xp.astype(dlse, out.dtype)",
-        "delta + xp.astype(dlse, out.dtype)",
+        "delta - xp.astype(dlse, dtype)",
+        "delta + xp.astype(dlse, dtype)",
         RING,
         "gradients and plain",
     ),

@@ -348,7 +348,7 @@ MUTANTS = (
     Mutant(
         "weights from the lse alone: NumPy backward",
         BACKWARD,
-        "        np.negative(maximum, out=q[:, -1])\n        inverse = np.reciprocal(total, dtype=self._dtype)\n",
+        "        np.multiply(maximum, -1.0, out=q[:, -1])\n        inverse = np.reciprocal(total, dtype=self._dtype)\n",
         "        np.negative(maximum + np.log(np.where(total > 0, total, 1)), out=q[:, -1])\n"
         "        inverse = np.ones_like(total)\n",
         KERNELS,

@@ -170,18 +170,18 @@ def test_mixed_libraries_on_one_rank_are_an_error_on_every_rank(transport, odd):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("function", "changes", "said"),
     [
-        ({"q": lambda x: x.clone().requires_grad_()}, "q requires grad"),
-        ({"v": lambda x: x.to_sparse()}, "v is a tensor of layout torch.sparse_coo"),
+        (ring_attention_vjp, {"q": lambda x: x.clone().requires_grad_()}, "q requires grad"),
+        (ring_attention, {"v": lambda x: x.to_sparse()}, "v is a tensor of layout torch.sparse_coo"),
     ],
 )
-def test_tensors_that_cannot_be_honoured_are_an_error_on_every_rank(transport, odd, changes, said):
+def test_tensors_that_cannot_be_honoured_are_an_error_on_every_rank(transport, odd, function, changes, said):
     torch = pytest.importorskip("torch")
     arguments = {name: torch.asarray(x) for name, x in given(transport, {}, False).items()}
     if transport.rank == odd:
         arguments |= {name: change(arguments[name]) for name, change in changes.items()}
-    check_refusal(failure(lambda: ring_attention(**arguments, ring=transport)), transport, odd, UnsupportedError, said)
+    check_refusal(failure(lambda: function(**arguments, ring=transport)), transport, odd, UnsupportedError, said)
 
 
 def cut(*index):

@@ -1,0 +1,63 @@
+"""A call's keywords as text, because an operator takes tensors and strings alone."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringcore import Call, KeywordError, Layout
+
+_objects: dict[str, Any] = {}
+_names: dict[int, str] = {}
+
+
+def text_of(**keywords: Any) -> str:
+    """The keywords as JSON; process groups by their name, other objects by a name of this process alone."""
+    return json.dumps(keywords, default=_named)
+
+
+# torch.compile calls it while it traces, and keeps the text. Set by hand: the decorator's only effect.
+text_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def call_of(name: str, text: str, **further: Any) -> Call:
+    """The call that these keywords describe."""
+    keywords = json.loads(text, object_hook=_found)
+    if isinstance(keywords["window"], list):
+        keywords["window"] = tuple(keywords["window"])
+    return Call(name, **keywords, gradient="wrt" in further, **further)
+
+
+def _named(x: Any) -> Any:
+    if isinstance(x, Layout):
+        return {"layout": [[(r.start, r.stop, r.step) for r in shard] for shard in x.shards], "name": x.name}
+    if isinstance(x, DeviceMesh) and x.ndim == 1:
+        x = x.get_group()
+    if isinstance(x, ProcessGroup):
+        return {"group": x.group_name}
+    if hasattr(x, "tolist"):  # numbers in an array or a tensor
+        return x.tolist()
+    name = _names.get(id(x))
+    if name is None:
+        name = _names[id(x)] = f"{type(x).__name__} {uuid.uuid4().hex}"
+        _objects[name] = x  # kept for ever: so that no other object gets its id
+    return {"object": name}
+
+
+def _found(x: dict[str, Any]) -> Any:
+    if "group" in x:
+        return distributed_c10d._resolve_process_group(x["group"])  # type: ignore[attr-defined]
+    if "layout" in x and "name" in x:
+        return Layout(tuple(tuple(range(*r) for r in shard) for shard in x["layout"]), x["name"])
+    if "object" in x:
+        if x["object"] not in _objects:
+            raise KeywordError(
+                f"{x['object']!r} belongs to another process: a graph compiled with an object of your own as ring or "
+                "kernels cannot be stored. Compile it in this process."
+            )
+        return _objects[x["object"]]
+    return x

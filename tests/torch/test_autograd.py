@@ -1,0 +1,238 @@
+"""Gradients that Torch records: against finite differences, and under what Torch users wrap a model in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
+
+import ringcore
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def draw(batch=1, heads=4, key_heads=2, rows=7, keys=7, width=4, values=3, dtype=torch.float64, grad=True):
+    generator = torch.Generator().manual_seed(5)
+    shapes = (batch, heads, rows, width), (batch, key_heads, keys, width), (batch, key_heads, keys, values)
+    return [torch.randn(s, dtype=dtype, generator=generator).requires_grad_(grad) for s in shapes]
+
+
+def dense(q, k, v, hidden, scale=None):
+    """Attention written out, with whole matrices: ``hidden`` is added to the scores."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * (scale or q.shape[-1] ** -0.5) + hidden
+    return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+
+
+def causal(rows, keys):
+    return torch.full((rows, keys), -torch.inf, dtype=torch.float64).triu(1)
+
+
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "causal zigzag": {"causal": True, "layout": "zigzag"},
+    "window": {"window": (2, 1), "layout": "striped"},
+    "softcap": {"softcap": 1.5},
+    "scale": {"scale": 0.3},
+    "offset": {"causal": True, "query_offset": 2},
+    "key lengths": {"key_lengths": [5]},
+    "reference kernels": {"kernels": "reference", "causal": True},
+}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_gradients_of_out_and_lse_equal_finite_differences(feature, size):
+    def attend(q, k, v):
+        return ringcore.ring_attention(q, k, v, ring_size=size, return_lse=True, **FEATURES[feature])
+
+    assert gradcheck(attend, draw())
+
+
+@pytest.mark.parametrize("axes", ["bhsd", "bshd"])
+def test_gradients_with_a_custom_layout_a_bias_and_a_mask(axes):
+    layout = ringcore.Layout(((range(3, 7),), (range(0, 3, 2),), (range(1, 2),)))
+    mask = torch.rand(7, 7, generator=torch.Generator().manual_seed(1)) < 0.7
+    bias = torch.randn(4, 7, 7, dtype=torch.float64, requires_grad=True)
+
+    def attend(q, k, v, bias):
+        q, k, v = (x if axes == "bhsd" else x.transpose(1, 2) for x in (q, k, v))
+        return ringcore.ring_attention(
+            q, k, v, bias=bias, mask=mask, ring_size=3, layout=layout, axes=axes, return_lse=True
+        )
+
+    assert gradcheck(attend, (*draw(), bias))
+
+
+def test_only_what_requires_grad_gets_one():
+    q, k, v = draw()
+    for wanted in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
+        given = [x.detach().requires_grad_(want) for x, want in zip((q, k, v), wanted, strict=True)]
+        out = ringcore.ring_attention(*given, causal=True, ring_size=2)
+        out.sum().backward()
+        due = torch.autograd.grad(dense(q, k, v, causal(7, 7))[0].sum(), (q, k, v))
+        for x, want, gradient in zip(given, wanted, due, strict=True):
+            assert (x.grad is not None) == want
+            if want:
+                torch.testing.assert_close(x.grad, gradient)
+
+
+def test_lse_alone_can_be_differentiated():
+    q, k, v = draw()
+    _, lse = ringcore.ring_attention(q, k, v, ring_size=2, return_lse=True)
+    came = torch.autograd.grad(lse.sin().sum(), (q, k))
+    due = torch.autograd.grad(dense(q, k, v, 0.0)[1].sin().sum(), (q, k))
+    torch.testing.assert_close(came, due)
+
+
+def test_nothing_is_recorded_without_need():
+    q, k, v = draw()
+    with torch.no_grad():
+        assert ringcore.ring_attention(q, k, v).grad_fn is None
+    assert ringcore.ring_attention(*(x.detach() for x in (q, k, v))).grad_fn is None
+
+
+def test_what_is_saved_is_the_inputs_the_output_and_the_row_statistics():
+    q, k, v = draw(rows=64, keys=64, dtype=torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = ringcore.ring_attention(q, k, v, causal=True, ring_size=4)
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    assert sum(kept.values()) <= sum(x.nbytes for x in (q, k, v, out)) + 2 * 4 * 4 * 64
+
+
+@pytest.mark.parametrize("axes", ["bhsd", "bshd"])
+def test_strided_and_broadcast_inputs(axes):
+    def strided(x):
+        x = x if axes == "bhsd" else x.transpose(1, 2)
+        return torch.stack([x, x], -1)[..., 0]  # no axis lies without gaps
+
+    q, k, v = draw()
+    given = [q, k[:, :1].expand(-1, 2, -1, -1), v]
+    made = [strided(x) for x in given[::2]]
+    out = ringcore.ring_attention(
+        made[0], given[1] if axes == "bhsd" else given[1].transpose(1, 2), made[1], causal=True, axes=axes, ring_size=2
+    )
+    out = out if axes == "bhsd" else out.transpose(1, 2)
+    due = dense(*given, causal(7, 7))[0]
+    torch.testing.assert_close(out, due)
+    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
+    came = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    torch.testing.assert_close(came, torch.autograd.grad((due * weights).sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types(dtype):
+    q, k, v = draw(rows=50, keys=50, width=16, values=16, dtype=dtype)
+    out = ringcore.ring_attention(q, k, v, causal=True, ring_size=3)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    due = dense(*wide, causal(50, 50))[0]
+    torch.testing.assert_close(out.double(), due, atol=2e-2, rtol=0)
+    came = torch.autograd.grad(out.double().square().sum(), (q, k, v))
+    for x, y in zip(came, torch.autograd.grad(due.square().sum(), wide), strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), y, atol=0.03 * float(y.abs().max()), rtol=0)
+
+
+def test_autocast_casts_as_scaled_dot_product_attention_does():
+    q, k, v = draw(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ringcore.ring_attention(q, k, v, ring_size=2)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    def attend(q, k, v):
+        return ringcore.ring_attention(q.sin(), k, v, causal=True, ring_size=2)
+
+    q, k, v = draw()
+    came = checkpoint(attend, q, k, v, use_reentrant=reentrant)
+    came.square().sum().backward()
+    due = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    for x, y in zip((q, k, v), due, strict=True):
+        assert torch.equal(x.grad, y)
+
+
+@pytest.mark.parametrize("keywords", [{"causal": True}, {"window": (3, 0), "layout": "zigzag", "axes": "bshd"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_has_no_break_and_the_same_numbers(dtype, keywords):
+    def model(q, k, v):
+        out, lse = ringcore.ring_attention(q * 2, k, v, ring_size=2, return_lse=True, **keywords)
+        return out * 3, lse
+
+    given = draw(rows=8, keys=8, heads=8, key_heads=8, values=4, dtype=dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = [compiled(*given), model(*given)]
+    for came, due in zip(*results, strict=True):
+        assert came.stride() == due.stride()
+        assert torch.equal(came, due)
+    first, second = (torch.autograd.grad(out.sum() + lse.sum(), given) for out, lse in results)
+    for came, due in zip(first, second, strict=True):
+        assert torch.equal(came, due)
+
+
+def test_the_operators_obey_torchs_rules():
+    from ringcore_torch.keywords import text_of
+
+    keywords = text_of(
+        ring=None, ring_size=2, causal=True, window=(3, None), scale=None, softcap=None, query_offset=0,
+        key_lengths=None, layout="zigzag", axes="bshd", kernels=None,
+    )  # fmt: skip
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in draw())
+    torch.library.opcheck(torch.ops.ringcore.attend.default, (q, k, v, None, None, keywords))
+
+
+def test_the_same_call_gives_the_same_bits():
+    q, k, v = draw(rows=200, keys=200, width=16, values=16, dtype=torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(3):
+            out = ringcore.ring_attention(q, k, v, causal=True, ring_size=3)
+            runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
+
+
+def test_a_second_derivative_is_refused_by_name():
+    q, k, v = draw()
+    (gradient,) = torch.autograd.grad(ringcore.ring_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(ringcore.UnsupportedError, match="differentiated twice"):
+        torch.autograd.grad(gradient.sum(), q)
+
+
+@pytest.mark.parametrize(
+    ("transform", "said"),
+    [
+        (lambda f, q: torch.func.jvp(f, (q,), (q,)), "forward-mode"),
+        (lambda f, q: torch.func.vmap(f)(q[None]), "vmap"),
+        (lambda f, q: torch.func.grad(lambda x: f(x).sum())(q), "torch.func.grad"),
+    ],
+)
+def test_transforms_are_refused_by_name(transform, said):
+    q, k, v = draw(grad=False)
+    with pytest.raises(ringcore.UnsupportedError, match=said):
+        transform(lambda x: ringcore.ring_attention(x, k, v), q)
+
+
+def test_bad_arguments_get_the_same_errors_as_with_any_library():
+    q, k, v = draw()
+    with pytest.raises(ringcore.ShapeError, match="share the width"):
+        ringcore.ring_attention(q[..., :2], k, v)
+    with pytest.raises(ringcore.DeviceError, match="different libraries"):
+        ringcore.ring_attention(q, k.detach().numpy(), v)
+    with pytest.raises(ringcore.KeywordError, match="return_lse"):
+        ringcore.ring_attention(q, k, v, return_lse=1)
+    with pytest.raises(ringcore.KeywordError, match="query_offset"):
+        ringcore.ring_attention(q, k, v, query_offset=object())
+    with pytest.raises(ringcore.DeviceError, match="meta"):
+        ringcore.ring_attention(q, k, v, bias=torch.zeros(7, 7, device="meta"))
