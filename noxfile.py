@@ -60,9 +60,10 @@ def strict(session: nox.Session) -> None:
 def torch(session: nox.Session) -> None:
     """Torch on the CPU: ring in one process, and over MPI."""
     install(session, "test,mpich", TORCH)
-    pytest(session, "tests/torch")
+    pytest(session, "tests/torch_adapter")
     pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
+    pytest(session, "tests/mpi/world/test_mpi_arrays.py", "-k", "torch", ranks=2)
 
 
 @nox.session

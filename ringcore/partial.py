@@ -34,6 +34,14 @@ class Partial:
         return (self.maximum != -math.inf) & (self.total != 0)
 
     @property
+    def widened(self) -> Partial:
+        """The same partial with ``weighted`` in the accumulation dtype, so that others can be added to it."""
+        if self.weighted.dtype == self.total.dtype:
+            return self
+        wide = namespace(self.weighted).astype(self.weighted, self.total.dtype)
+        return Partial(wide, self.maximum, self.total)
+
+    @property
     def out(self) -> Array:
         """The attention output [B, H, S, E]: weighted / total, and 0 where no key was seen."""
         xp = namespace(self.weighted)

@@ -123,8 +123,8 @@ class ForwardWork:
         for tile in tiles:
             rows, keys = row_index(tile), key_index(tile)
             whole = _covers(self.q, tile)
-            if self.state is None and not whole:
-                self.state = empty_partial(self.q, v.shape[-1])
+            if not whole:  # its rows are written into a state, which must hold what is not yet divided
+                self.state = (self.state or empty_partial(self.q, v.shape[-1])).widened
             state = self.state
             piece = state if whole or state is None else Partial(*(x[rows] for x in _fields(state)))
             terms = _terms(self.bias, self.mask, tile)

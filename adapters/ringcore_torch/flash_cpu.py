@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from ringcore import Band, Capabilities, Gradients, Partial, Score, Tile, empty_partial
-from ringcore_torch.partials import add_rows, from_kernel, widened
+from ringcore_torch.partials import add_rows, from_kernel
 from ringcore_torch.pieces import Piece, pieces, strips
 
 _SIDE = 256  # rows of a strip under a mask: its mask is made, and its hidden part computed in vain
@@ -37,8 +37,7 @@ class FlashCpu:
         height, width = q.shape[2], k.shape[2]
         values = v.shape[3]
         q, k, v = _even(q, k, v)
-        if state is not None:
-            state = widened(state)
+        state = state and state.widened
         for piece in _pieces(tile.band, height, width, mask):
             hidden = _hidden(piece, mask, q)
             rows, columns = piece.rows, piece.columns
@@ -52,7 +51,7 @@ class FlashCpu:
             if state is None and hidden is None and len(range(height)[rows]) == height:
                 state = from_kernel(out, lse)
             else:
-                state = widened(state or empty_partial(q, values))
+                state = (state or empty_partial(q, values)).widened
                 add_rows(state, rows, out, lse)
         return state or empty_partial(q, values)
 

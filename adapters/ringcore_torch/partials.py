@@ -12,11 +12,6 @@ def from_kernel(out: torch.Tensor, lse: torch.Tensor) -> Partial:
     return Partial(out, lse, torch.ones_like(lse))
 
 
-def widened(state: Partial) -> Partial:
-    """The same partial with ``weighted`` in the dtype of its statistics, so that it can be added to."""
-    return Partial(state.weighted.to(state.total.dtype), state.maximum, state.total)
-
-
 def add_rows(state: Partial, rows: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Merge what a kernel found for some rows into these rows of the state, in place.
 

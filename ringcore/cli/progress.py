@@ -58,7 +58,7 @@ class ReportingKernels:
             result = self._kernels.forward(q, k, v, score=score, tile=tile, bias=bias, mask=mask, state=state)
             self._report(int(areas.sum()) * heads)
             return result
-        result = empty_partial(q, v.shape[3]) if state is None else state
+        result = (state or empty_partial(q, v.shape[3])).widened
         for start, stop in pairwise(cuts):
             rows = (slice(None), slice(None), slice(start, stop))
             piece = Partial(*(x[rows] for x in _fields(result)))
@@ -79,17 +79,18 @@ class ReportingKernels:
         v: Array,
         maximum: Array,
         total: Array,
-        delta: Array,
+        delta: Array | None,
         *,
         score: Score,
         tile: Tile,
         bias: Array | None = None,
         mask: Array | None = None,
         into: Gradients,
+        **rows: Array | None,
     ) -> Gradients:
         """The gradients, uncut and unreported."""
         return self._kernels.backward(
-            dout, q, k, v, maximum, total, delta, score=score, tile=tile, bias=bias, mask=mask, into=into
+            dout, q, k, v, maximum, total, delta, score=score, tile=tile, bias=bias, mask=mask, into=into, **rows
         )
 
     def _cuts(self, summed: Any, height: int) -> list[int]:

@@ -57,6 +57,21 @@ def test_reporting_kernels_are_the_kernels(kernels, layout, ring_size, keywords)
     assert len(told) > 1
 
 
+@pytest.mark.parametrize("ring_size", [1, 3])
+def test_reporting_fused_kernels_are_the_kernels(ring_size):
+    """Their half results are added to, slab by slab, in float32."""
+    torch = pytest.importorskip("torch")
+    from ringcore_torch import FlashCpu
+
+    q, k, v = (torch.from_numpy(x).bfloat16().requires_grad_() for x in qkv())
+    reporting = ReportingKernels(FlashCpu(), int, slabs=5, least_rows=1)
+    out = ringcore.ring_attention(q, k, v, ring_size=ring_size, layout="zigzag", causal=True, kernels=reporting)
+    due, _ = dense(*(x.detach().double().numpy() for x in (q, k, v)), causal=True)
+    np.testing.assert_allclose(out.detach().double().numpy(), due, rtol=0, atol=2e-2)
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+
+
 def test_slabs_have_equal_visible_areas():
     q, k, v = qkv(rows=4000, keys=4000, batch=1, heads=1, key_heads=1)
     told = []
