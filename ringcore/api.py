@@ -123,7 +123,7 @@ def ring_attention_vjp(
         kernels=kernels, gradient=True, wrt=wrt,
     )  # fmt: skip
     prepared = call.prepare(q, k, v, bias, mask, lambda _: check_detached(q=q, k=k, v=v, bias=bias))
-    result = prepared.forward()
+    result = prepared.forward(keep_wide=True)
     out, lse, names = swap_axes(result.out, axes), result.lse, tuple(wrt)
 
     def pullback(dout: Array, dlse: Array | None = None) -> tuple[Array, ...]:

@@ -18,7 +18,7 @@ from ringcore.arguments import (
     swap_axes,
     within_range,
 )
-from ringcore.discovery import choose_kernels, find_transport, library
+from ringcore.discovery import choose_kernels, find_arithmetic, find_transport, library
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
 from ringcore.layout import Layout
 from ringcore.partial import Partial, dtype_name
@@ -94,6 +94,8 @@ class Call:
         )  # fmt: skip
         terms = {"bias": bias, "mask": mask, "softcap": arguments.score.softcap}
         needs = {name for name, term in terms.items() if term is not None}
+        if arguments.window[0] is not None:
+            needs.add("window")
         if self.gradient:
             _check_wrt(self.wrt, bias)
             needs.add("gradient")
@@ -106,8 +108,8 @@ class Call:
 class Result:
     """What forward found for the rows of this caller.
 
-    out [B, H, S, E] in q's dtype and ``wide`` as the kernels left it, mostly in the accumulation dtype (one array where
-    these are the same); maximum and total [B, H, S] of the finished rows.
+    out [B, H, S, E] in q's dtype, and ``wide``: the same before the last cast, where it was kept; maximum and total
+    [B, H, S] of the finished rows.
     """
 
     out: Array
@@ -133,23 +135,24 @@ class Prepared:
         )
         terms = within_range(arguments.bias, arguments.q), arguments.mask
         biases, masks = (split_term(session, term, len(qs)) for term in terms)
+        self._arithmetic = find_arithmetic(arguments.q)
         self._works = [
-            ForwardWork(*parts, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths)
+            ForwardWork(
+                *parts, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths,
+                merge_rows=self._arithmetic.merge_rows,
+            )
             for parts in zip(qs, ks, vs, biases, masks, strict=True)
-        ]
+        ]  # fmt: skip
 
-    def forward(self) -> Result:
-        """Run the ring."""
+    def forward(self, keep_wide: bool = False) -> Result:
+        """Run the ring. keep_wide: ``wide`` of the result is in the accumulation dtype, which `backward` reads."""
         session, layout, dtype = self.session, self.session.deal.q_layout, self.arguments.q.dtype
-        xp = namespace(self.arguments.q)
         session.run(self._works)
         partials = [work.take_result() for work in self._works]
         maximum, total = (session.join([getattr(p, name) for p in partials], layout) for name in ("maximum", "total"))
-        parts = [_normalised(partial) for partial in partials]
-        if any(part.dtype != parts[0].dtype for part in parts):  # some shards met one fused tile, others several
-            parts = [xp.astype(part, maximum.dtype, copy=False) for part in parts]
-        wide = session.join(parts, layout)
-        return Result(xp.astype(wide, dtype, copy=False), wide, maximum, total)
+        kept = maximum.dtype if keep_wide else dtype
+        wide = session.join([self._arithmetic.finished(partial, kept) for partial in partials], layout)
+        return Result(namespace(wide).astype(wide, dtype, copy=False), wide, maximum, total)
 
     def backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
         """The gradients of the names in ``wrt``, given those of out (caller's axes) and of lse."""
@@ -171,7 +174,7 @@ class Prepared:
             parts = [blocks[place] for blocks in carried if blocks is not None]
             gradients[home] = session.join(parts, deal.k_layout)
         if "q" in wrt:
-            gradients["q"] = session.join([work.dq for work in backward], deal.q_layout)
+            gradients["q"] = session.join([work.take_dq() for work in backward], deal.q_layout)
         for name, like in (("q", arguments.q), ("k", arguments.k), ("v", arguments.v)):
             if name in wrt:
                 gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)
@@ -201,15 +204,6 @@ def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Arr
             )
         if dtype_name(gradient) != dtype_name(result):
             raise DtypeError(f"{name} holds {dtype_name(gradient)}; it must be {name[1:]}'s {dtype_name(result)}.")
-
-
-def _normalised(partial: Partial) -> Array:
-    """The partial's out; the buffers of ``partial.weighted`` are used up."""
-    xp, out = namespace(partial.weighted), partial.weighted
-    if out.dtype != partial.total.dtype:  # a fused kernel's, untouched: each total is 1, or 0 over a row of 0
-        return out
-    out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
-    return out
 
 
 def _check_ring_size(ring: Any, ring_size: int | None) -> int:

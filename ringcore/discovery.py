@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 
+from ringcore import merge as _arithmetic
 from ringcore.errors import KeywordError, MissingDependency, UnsupportedError
 from ringcore.partial import dtype_name
-from ringcore.protocols import Kernels, Transport
+from ringcore.probation import fault
+from ringcore.protocols import Arithmetic, Kernels, Transport
 from ringcore.tile import ReferenceKernels
 from ringcore.values import Array, namespace
 
@@ -30,23 +32,32 @@ def choose_kernels(
         kernels = _named(asked, sharers) if isinstance(asked, str) else asked
         if isinstance(kernels, type) or not isinstance(kernels, Kernels):
             raise KeywordError(f"kernels is {asked!r}; it must be a name or have capabilities, forward and backward.")
-        if lack := _lack(kernels, q, v, needs):
+        if lack := _lack(kernels, q, v, needs) or fault(kernels, q, v, needs):
             raise UnsupportedError(f"the kernels {kernels.capabilities.name!r} cannot do this call: {lack}.")
         return kernels, []
-    passed = []
+    passed: list[str] = []
+    able: list[Kernels] = []
     for name in sorted(_points("ringcore.kernels")):
-        if name.partition(".")[0] != library(q):
+        if not _concerns(name, q):
             continue
-        try:
-            kernels = _loaded(name, sharers)
-        except MissingDependency as error:
-            passed.append(f"{name}: {error}")
-            continue
-        lack = _lack(kernels, q, v, needs)
-        if not lack:
+        found = _loaded(name, sharers)
+        if isinstance(found, MissingDependency):
+            passed.append(f"{name}: {found}")
+        elif lack := _lack(found, q, v, needs):
+            passed.append(f"{name}: {lack}")
+        else:
+            able.append(found)
+    for kernels in sorted(able, key=lambda kernels: -kernels.capabilities.preference):
+        if not (wrong := fault(kernels, q, v, needs)):
             return kernels, passed
-        passed.append(f"{name}: {lack}")
+        passed.append(f"{kernels.capabilities.name}: {wrong}")
     return ReferenceKernels(), passed
+
+
+def find_arithmetic(q: Array) -> Arithmetic:
+    """What merges and finishes partials of q's library: an adapter's own, or the array API standard's."""
+    point = _points("ringcore.arithmetic").get(library(q))
+    return _arithmetic if point is None else _loaded_arithmetic(point.name)
 
 
 def find_transport(ring: Any) -> Transport:
@@ -94,17 +105,34 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
     can = kernels.capabilities
     if can.libraries and library(q) not in can.libraries:
         return f"they take arrays of {', '.join(sorted(can.libraries))}, not of {library(q)}"
-    device = str(array_api_compat.device(q)).partition(":")[0].lower()
+    device = _device(q)
     if can.devices and device not in can.devices:
         return f"they compute on {', '.join(sorted(can.devices))}, not on {device}"
     if dtype_name(q) not in can.dtypes:
         return f"they take {', '.join(sorted(can.dtypes))}, not {dtype_name(q)}"
-    if can.largest_head is not None and max(q.shape[3], v.shape[3]) > can.largest_head:
-        return f"their widest head is {can.largest_head}, but this call has {max(q.shape[3], v.shape[3])}"
+    widths = q.shape[3], v.shape[3]
+    if can.largest_head is not None and max(widths) > can.largest_head:
+        return f"their widest head is {can.largest_head}, but this call has {max(widths)}"
+    if any(width % can.head_multiple for width in widths):
+        return (
+            f"their heads have a multiple of {can.head_multiple} columns, but this call has {widths[0]} and {widths[1]}"
+        )
+    if can.equal_heads and widths[0] != widths[1]:
+        return f"their k and v are equally wide, but this call has {widths[0]} and {widths[1]} columns"
     for need in sorted(needs):
         if not getattr(can, need):
             return f"they have no {need}"
     return None
+
+
+def _concerns(name: str, q: Array) -> bool:
+    """Whether kernels of this name, "library" or "library.device" or "library.device.more", may take q."""
+    module, _, place = name.partition(".")
+    return module == library(q) and (not place or place.partition(".")[0] == _device(q))
+
+
+def _device(q: Array) -> str:
+    return str(array_api_compat.device(q)).partition(":")[0].lower()
 
 
 def _named(name: str, sharers: int) -> Kernels:
@@ -113,13 +141,26 @@ def _named(name: str, sharers: int) -> Kernels:
     if name not in _points("ringcore.kernels"):
         known = ", ".join(["reference", *sorted(_points("ringcore.kernels"))])
         raise KeywordError(f"kernels is {name!r}; the installed ones are {known}.")
-    return _loaded(name, sharers)
+    kernels = _loaded(name, sharers)
+    if isinstance(kernels, MissingDependency):
+        raise kernels
+    return kernels
 
 
 @lru_cache(maxsize=16)
-def _loaded(name: str, sharers: int) -> Kernels:
-    kernels: Kernels = _load(_points("ringcore.kernels")[name])(sharers=sharers)
+def _loaded(name: str, sharers: int) -> Kernels | MissingDependency:
+    """The kernels, or what they lack: looked for once."""
+    try:
+        kernels: Kernels = _load(_points("ringcore.kernels")[name])(sharers=sharers)
+    except MissingDependency as error:
+        return error
     return kernels
+
+
+@lru_cache(maxsize=16)
+def _loaded_arithmetic(name: str) -> Arithmetic:
+    arithmetic: Arithmetic = _load(_points("ringcore.arithmetic")[name])
+    return arithmetic
 
 
 @lru_cache(maxsize=4)

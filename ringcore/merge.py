@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import array_api_compat
 
+from ringcore.arrays import put
 from ringcore.errors import ShapeError
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.values import Array, namespace
@@ -55,6 +57,26 @@ def merge(first: Partial, second: Partial) -> Partial:
         maximum,
         select(first.total, second.total, first.total * first_factor + second.total * second_factor, *seen),
     )
+
+
+def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:
+    """``state`` with ``part`` merged into its rows at the index ``rows``, in place where the library allows it."""
+    state = state.widened
+    merged = merge(Partial(*(x[rows] for x in fields(state))), part)
+    return Partial(*(put(x, rows, new) for x, new in zip(fields(state), fields(merged), strict=True)))
+
+
+def finished(partial: Partial, dtype: Any) -> Array:
+    """``partial.out`` in ``dtype``; the buffers of ``partial.weighted`` are used up."""
+    xp, out = namespace(partial.weighted), partial.weighted
+    if out.dtype == partial.total.dtype:  # else a fused kernel's, untouched: each total is 1, or 0 over a row of 0
+        out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
+    return xp.astype(out, dtype, copy=False)
+
+
+def fields(partial: Partial) -> tuple[Array, Array, Array]:
+    """weighted, maximum and total."""
+    return partial.weighted, partial.maximum, partial.total
 
 
 def empty_partial(q: Array, value_dim: int) -> Partial:

@@ -6,8 +6,8 @@ sequence or the ring: the plan does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from ringcore.partial import Partial
 from ringcore.values import Array, Blocks, Capabilities, Gradients, Move, Score, Spec, Tile
@@ -38,7 +38,7 @@ class Kernels(Protocol):
         mask: Array | None = None,
         state: Partial | None = None,
     ) -> Partial:
-        """The tile's partial merged into ``state``, whose buffers may be reused.
+        """The tile's partial merged into ``state``, whose buffers may be reused; ``fused`` kernels get no state.
 
         maximum is a true natural-log maximum; a row that sees no key is (0, -inf, 0).
         """
@@ -63,10 +63,24 @@ class Kernels(Protocol):
         """``into`` plus the tile's gradients, in the accumulation dtype; fields that are None stay None.
 
         maximum and total [B, H, S] are those of the finished row over all keys, delta is
-        rowsum(dout * out) - dlse. Kernels whose capabilities say ``whole_rows`` get None for it and two keywords more:
-        ``out`` [B, H, S, E] of the finished rows in q's dtype, and ``dlse`` [B, H, S] or None. The buffers of ``into``
-        may be reused.
+        rowsum(dout * out) - dlse. The buffers of ``into`` may be reused. ``fused`` kernels get no delta and an empty
+        ``into``, and two keywords more: ``out`` [B, H, S, E] of the finished rows in q's dtype, and ``dlse``
+        [B, H, S] or None. They return the tile's own dq, dk and dv, in any floating dtype.
         """
+        ...
+
+
+class Arithmetic(Protocol):
+    """How partials of one library are merged and finished, where it knows better than the array API standard."""
+
+    @property
+    def merge_rows(self) -> Callable[[Partial, tuple[Any, ...], Partial], Partial]:
+        """As `ringcore.merge.merge_rows`."""
+        ...
+
+    @property
+    def finished(self) -> Callable[[Partial, Any], Array]:
+        """As `ringcore.merge.finished`."""
         ...
 
 

@@ -6,18 +6,20 @@ visits, what stays and what is carried home is the work's business; the plan say
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
 
 from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
-from ringcore.merge import empty_partial
+from ringcore.merge import empty_partial, fields, merge_rows
 from ringcore.partial import Partial, accumulation_dtype
+from ringcore.pieces import pieces
 from ringcore.protocols import Kernels
 from ringcore.values import Array, Begin, Blocks, Finish, Gradients, Move, Plan, Score, Spec, Tile, namespace
 
 Loop: TypeAlias = Generator[Begin | Finish, Any, Blocks | None]
+MergeRows: TypeAlias = Callable[[Partial, tuple[Any, ...], Partial], Partial]
 
 
 class Work(Protocol):
@@ -99,10 +101,10 @@ class ForwardWork:
 
     def __init__(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
-        *, score: Score, kernels: Kernels, lengths: Sequence[int],
+        *, score: Score, kernels: Kernels, lengths: Sequence[int], merge_rows: MergeRows = merge_rows,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
-        self.score, self.kernels, self.lengths = score, kernels, lengths
+        self.score, self.kernels, self.lengths, self.merge_rows = score, kernels, lengths, merge_rows
         self.state: Partial | None = None
 
     def visiting(self) -> Blocks:
@@ -120,22 +122,38 @@ class ForwardWork:
     def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
         """Merge the tiles into the state of q's rows."""
         k, v = block
-        for tile in tiles:
-            rows, keys = row_index(tile), key_index(tile)
-            whole = _covers(self.q, tile)
+        for tile in self.pieces(tiles):
+            rows, whole = row_index(tile), _covers(self.q, tile)
             if not whole:  # its rows are written into a state, which must hold what is not yet divided
                 self.state = (self.state or empty_partial(self.q, v.shape[-1])).widened
             state = self.state
-            piece = state if whole or state is None else Partial(*(x[rows] for x in _fields(state)))
-            terms = _terms(self.bias, self.mask, tile)
-            part = self.kernels.forward(
-                self.q[rows], k[keys], v[keys], score=self.score, tile=tile, state=piece, **terms
-            )
-            if whole:
-                self.state = part
-            elif state is not None and piece is not None and part is not piece:
-                self.state = Partial(*(put(x, rows, new) for x, new in zip(_fields(state), _fields(part), strict=True)))
+            if self.fused:
+                part = self._forward(k, v, tile)
+                self.state = part if state is None else self.merge_rows(state, rows, part)
+            elif whole or state is None:
+                self.state = self._forward(k, v, tile, state=state)
+            else:
+                piece = Partial(*(x[rows] for x in fields(state)))
+                part = self._forward(k, v, tile, state=piece)
+                if part is not piece:
+                    new = zip(fields(state), fields(part), strict=True)
+                    self.state = Partial(*(put(x, rows, value) for x, value in new))
         return ()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels know one tile alone."""
+        return self.kernels.capabilities.fused
+
+    def pieces(self, tiles: Sequence[Tile]) -> Iterator[Tile]:
+        """The tiles in the form that the kernels take."""
+        for tile in tiles:
+            yield from pieces(tile, self.kernels.capabilities, masked=self.mask is not None)
+
+    def _forward(self, k: Array, v: Array, tile: Tile, **state: Partial | None) -> Partial:
+        rows, keys = row_index(tile), key_index(tile)
+        terms = _terms(self.bias, self.mask, tile)
+        return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """Never called: nothing is carried."""
@@ -161,10 +179,11 @@ class BackwardWork:
         self.maximum, self.total = maximum, total
         self.delta: Array | None = None
         self.rows: dict[str, Array | None] = {}
-        if forward.kernels.capabilities.whole_rows:
+        self.dq = self.dbias = None
+        if forward.fused:
             self.rows = {"out": out, "dlse": dlse}
-        else:
-            self.delta = _delta(dout, wide, dlse)
+            return
+        self.delta = _delta(dout, wide, dlse)
         self.dq = _zeros(forward.q) if "q" in wanted else None
         self.dbias = _zeros(forward.bias) if "bias" in wanted else None
 
@@ -184,26 +203,57 @@ class BackwardWork:
         """Add to dq and dbias; the tiles' shares of dk and dv."""
         k, v = block
         forward, wanted = self.forward, self.wanted
+        if forward.fused:
+            return self._visit_fused(k, v, tiles)
         dk = _zeros(k) if "k" in wanted else None
         dv = _zeros(v) if "v" in wanted else None
-        for tile in tiles:
+        for tile in forward.pieces(tiles):
             rows, keys = row_index(tile), key_index(tile)
             bias_index = () if self.dbias is None else term_index(self.dbias, tile)
             places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
             places = (self.dq, rows), (dk, keys), (dv, keys), (self.dbias, bias_index)
             into = Gradients(*(None if x is None else x[index] for x, index in places))
-            gained = forward.kernels.backward(
-                self.dout[rows], forward.q[rows], k[keys], v[keys],
-                self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
-                score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
-                **{name: None if x is None else x[rows] for name, x in self.rows.items()},
-            )  # fmt: skip
+            gained = self._backward(k, v, tile, into)
             if gained is not into:
                 new = gained.dq, gained.dk, gained.dv, gained.dbias
                 self.dq, dk, dv, self.dbias = (
                     x if x is None else put(x, index, value) for (x, index), value in zip(places, new, strict=True)
                 )
         return tuple(x for x in (dk, dv) if x is not None)
+
+    def _visit_fused(self, k: Array, v: Array, tiles: Sequence[Tile]) -> Blocks:
+        """Add the gradients that the kernels return; one that fills its array is taken as it is."""
+        sums: dict[str, Array | None] = {"k": None, "v": None}
+        for tile in self.forward.pieces(tiles):
+            rows, keys = row_index(tile), key_index(tile)
+            gained = self._backward(k, v, tile, Gradients())
+            if "q" in self.wanted:
+                self.dq = _gathered(self.dq, rows, gained.dq, self.forward.q)
+            for name, x, gradient in (("k", k, gained.dk), ("v", v, gained.dv)):
+                if name in self.wanted:
+                    sums[name] = _gathered(sums[name], keys, gradient, x)
+        found = (
+            _zeros(x) if sums[name] is None else sums[name] for name, x in (("k", k), ("v", v)) if name in self.wanted
+        )
+        return tuple(map(self._to_travel, found))
+
+    def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients) -> Gradients:
+        forward = self.forward
+        rows, keys = row_index(tile), key_index(tile)
+        return forward.kernels.backward(
+            self.dout[rows], forward.q[rows], k[keys], v[keys],
+            self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
+            score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+            **{name: None if x is None else x[rows] for name, x in self.rows.items()},
+        )  # fmt: skip
+
+    def take_dq(self) -> Array:
+        """The gradient of q [B, H, S, D], once all blocks have visited."""
+        return self._to_travel(_zeros(self.forward.q) if self.dq is None else self.dq)
+
+    def _to_travel(self, x: Array) -> Array:
+        """x in its accumulation dtype, where others are added to it or stand beside it."""
+        return _widened(x) if len(self.forward.lengths) > 1 else x
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """The sums, in the order in which the block visited."""
@@ -235,10 +285,6 @@ def _terms(bias: Array | None, mask: Array | None, tile: Tile) -> dict[str, Arra
     return {name: None if term is None else term[term_index(term, tile)] for name, term in terms.items()}
 
 
-def _fields(partial: Partial) -> Blocks:
-    return partial.weighted, partial.maximum, partial.total
-
-
 def _delta(dout: Array, out: Array, dlse: Array | None) -> Array:
     """rowsum(dout * out) - dlse [B, H, S], in the accumulation dtype."""
     xp, dtype = namespace(out), accumulation_dtype(out)
@@ -249,6 +295,17 @@ def _delta(dout: Array, out: Array, dlse: Array | None) -> Array:
 def _zeros(x: Array) -> Array:
     xp = namespace(x)
     return xp.zeros(x.shape, dtype=accumulation_dtype(x), device=array_api_compat.device(x))
+
+
+def _gathered(total: Array | None, index: tuple[Any, ...], part: Array, like: Array) -> Array:
+    """The sum of ``total`` and of ``part`` at the index, in the accumulation dtype unless it is one part alone."""
+    if total is None and part.shape == like.shape:
+        return part
+    return add(_zeros(like) if total is None else _widened(total), index, part)
+
+
+def _widened(x: Array) -> Array:
+    return namespace(x).astype(x, accumulation_dtype(x), copy=False)
 
 
 def _sum(first: Array, second: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -91,6 +91,17 @@ class Tile:
     row_positions: tuple[range, ...]
     column_positions: tuple[range, ...]
     band: Band = Band()
+
+    def part(self, rows: tuple[int, int], columns: tuple[int, int], band: Band) -> Tile:
+        """The tile of these rows and columns, half-open ranges counted within this one, under a band of its own."""
+        return replace(
+            self,
+            rows=_cut(self.rows, *rows),
+            columns=_cut(self.columns, *columns),
+            row_positions=_cut_ranges(self.row_positions, *rows),
+            column_positions=_cut_ranges(self.column_positions, *columns),
+            band=band,
+        )
 
     @property
     def height(self) -> int:
@@ -197,9 +208,17 @@ class Capabilities:
     """What kernels can do; what they cannot is refused by name, or other kernels are taken.
 
     dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any. devices: kinds of
-    device, such as "cpu" and "cuda"; empty is any. lse_only: backward reads maximum + log(total) alone. whole_rows:
-    backward is given the finished ``out`` and ``dlse`` by name, and None for delta, which it computes itself.
+    device, such as "cpu" and "cuda"; empty is any.
+    bias, mask, softcap, window (how far to the left), gradient: which of these they do.
+    fused: they know one tile alone. Forward returns its own partial, from out and lse; backward is given ``out`` and
+    ``dlse`` of the finished rows, None for delta, and returns its own gradients. ringcore adds both up. Before their
+    first use on a device they are held against the reference kernels.
+    bands: "any", or into what a tile is cut for them: "windows" (no row or column that meets nothing, so that
+    lo <= 0 <= hi), "triangles" (no band, or causal from the upper left corner), "squares" (causal on as many rows as
+    columns). What is neither comes in strips of ``strip`` rows with any band.
+    preference: of several kernels that can, those with the highest are taken.
     poison_rows: NaN in a key that only some rows see stays out of the others.
+    largest_head, head_multiple, equal_heads: bounds on the widths of k and v.
     """
 
     name: str
@@ -209,11 +228,16 @@ class Capabilities:
     bias: bool = True
     mask: bool = True
     softcap: bool = True
+    window: bool = True
     gradient: bool = True
-    lse_only: bool = False
-    whole_rows: bool = False
+    fused: bool = False
+    bands: str = "any"
+    strip: int = 256
+    preference: int = 0
     poison_rows: bool = True
     largest_head: int | None = None
+    head_multiple: int = 1
+    equal_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,3 +264,20 @@ Arrived: TypeAlias = Mapping[Move, Blocks]
 
 def _negative(bound: int | None) -> int | None:
     return None if bound is None else -bound
+
+
+def _cut(part: slice, start: int, stop: int) -> slice:
+    step = part.step or 1
+    first = (part.start or 0) + start * step
+    # The end within the array, as the standard demands.
+    return slice(first, first + (stop - start - 1) * step + 1, step) if start < stop else slice(first, first, step)
+
+
+def _cut_ranges(ranges: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
+    found, at = [], 0
+    for run in ranges:
+        part = run[max(0, start - at) : max(0, stop - at)]
+        if part:
+            found.append(part)
+        at += len(run)
+    return tuple(found)

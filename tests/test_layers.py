@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     1: ("errors", "partial", "values"),
     2: ("arrays", "protocols"),
-    3: ("layout", "merge", "partition", "schedule", "tile"),
-    4: ("agreement", "arguments", "call", "discovery", "exchange", "local", "ring", "session"),
+    3: ("layout", "merge", "partition", "pieces", "schedule", "tile"),
+    4: ("agreement", "arguments", "call", "discovery", "exchange", "local", "probation", "ring", "session"),
     5: ("__init__", "api", "cli"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}

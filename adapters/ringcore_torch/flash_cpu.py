@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from ringcore import Band, Capabilities, Gradients, Partial, Score, Tile, empty_partial
-from ringcore_torch.partials import add_rows, from_kernel
-from ringcore_torch.pieces import Piece, pieces, strips
-
-_SIDE = 256  # rows of a strip under a mask: its mask is made, and its hidden part computed in vain
+from ringcore import Band, Capabilities, Gradients, Partial, Score, Tile
+from ringcore_torch.partials import from_kernel
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -24,36 +21,26 @@ class FlashCpu:
         devices=frozenset({"cpu"}),
         bias=False,  # where all scores of a tile are finfo.min, its lse has lost the number of keys
         softcap=False,
-        lse_only=True,
-        whole_rows=True,
+        fused=True,
+        bands="triangles",
         poison_rows=False,
     )
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, score: Score, tile: Tile,
-        bias: None = None, mask: torch.Tensor | None = None, state: Partial | None = None,
+        bias: None = None, mask: torch.Tensor | None = None, state: None = None,
     ) -> Partial:  # fmt: skip
-        """The tile's partial merged into ``state``; see `ringcore.Kernels`."""
-        height, width = q.shape[2], k.shape[2]
+        """The tile's own partial; see `ringcore.Kernels`."""
         values = v.shape[3]
         q, k, v = _even(q, k, v)
-        state = state and state.widened
-        for piece in _pieces(tile.band, height, width, mask):
-            hidden = _hidden(piece, mask, q)
-            rows, columns = piece.rows, piece.columns
-            out, lse = _forward(
-                q[:, :, rows], k[:, :, columns], v[:, :, columns], 0.0, piece.causal,
-                attn_mask=hidden, scale=score.scale,
-            )  # fmt: skip
-            out = out[..., :values]
-            if hidden is not None:
-                lse = lse.masked_fill((hidden == -torch.inf).all(-1), -torch.inf)  # the kernel says 0
-            if state is None and hidden is None and len(range(height)[rows]) == height:
-                state = from_kernel(out, lse)
-            else:
-                state = (state or empty_partial(q, values)).widened
-                add_rows(state, rows, out, lse)
-        return state or empty_partial(q, values)
+        hidden = _hidden(tile.band, mask, q, k)
+        causal = hidden is None and tile.band != Band()
+        out, lse = _forward(q, k, v, 0.0, causal, attn_mask=hidden, scale=score.scale)
+        part = from_kernel(out[..., :values], lse)
+        if hidden is None:
+            return part
+        empty = (hidden == -torch.inf).all(-1)  # the kernel says lse 0 there
+        return Partial(part.weighted, lse.masked_fill(empty, -torch.inf), part.total.masked_fill(empty, 0.0))
 
     def backward(
         self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -61,23 +48,15 @@ class FlashCpu:
         bias: None = None, mask: torch.Tensor | None = None, into: Gradients,
         out: torch.Tensor, dlse: torch.Tensor | None,
     ) -> Gradients:  # fmt: skip
-        """``into`` plus the tile's gradients; see `ringcore.Kernels`."""
-        height, width = q.shape[2], k.shape[2]
-        wide_q, wide_v = q.shape[3], v.shape[3]
+        """The tile's own gradients; see `ringcore.Kernels`."""
+        widths = q.shape[3], k.shape[3], v.shape[3]
         if dlse is not None:
             dout, v, out = with_lse_gradient(dout, v, out, dlse)
-        lse = finished_lse(maximum, total)
         q, k, v, dout, out = _even(q, k, v, dout, out)
-        for piece in _pieces(tile.band, height, width, mask):
-            rows, columns = (slice(None), slice(None), piece.rows), (slice(None), slice(None), piece.columns)
-            dq, dk, dv = _backward(
-                dout[rows], q[rows], k[columns], v[columns], out[rows], lse[rows].contiguous(), 0.0, piece.causal,
-                attn_mask=_hidden(piece, mask, q), scale=score.scale,
-            )  # fmt: skip
-            for sums, part, index in ((into.dq, dq, rows), (into.dk, dk, columns), (into.dv, dv, columns)):
-                if sums is not None:
-                    sums[index] += part[..., : wide_v if sums is into.dv else wide_q]
-        return into
+        hidden = _hidden(tile.band, mask, q, k)
+        lse, causal = finished_lse(maximum, total).contiguous(), hidden is None and tile.band != Band()
+        found = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=hidden, scale=score.scale)
+        return Gradients(*(x[..., :width] for x, width in zip(found, widths, strict=True)))
 
 
 def finished_lse(maximum: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -104,26 +83,19 @@ def _even(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x if x.stride(3) == 1 or width == 1 else x.contiguous() for x in evened]
 
 
-def _pieces(band: Band, height: int, width: int, mask: torch.Tensor | None) -> list[Piece]:
-    cut = pieces if mask is None else strips
-    return list(cut(band, height, width, _SIDE))
+def _hidden(band: Band, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the scores, -inf where hidden; four axes, each of full length or 1.
 
-
-def _hidden(piece: Piece, mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """What is added to the scores of a piece, -inf where hidden; four axes, each of full length or 1."""
-    if mask is None and piece.band == Band():
+    None where the kernel needs no mask: without a band, or causal from the upper left corner.
+    """
+    if mask is None and band in (Band(), Band(None, 0)):
         return None
-    rows, columns = piece.rows, piece.columns
-    height, width = rows.stop - rows.start, columns.stop - columns.start
+    height, width = q.shape[2], k.shape[2]
     hidden = torch.zeros((height, width), dtype=torch.bool, device=q.device)
-    if piece.band != Band():
-        distance = torch.arange(width, device=q.device) - torch.arange(height, device=q.device)[:, None]
-        if piece.band.lo is not None:
-            hidden |= distance < piece.band.lo
-        if piece.band.hi is not None:
-            hidden |= distance > piece.band.hi
-    if mask is not None:
-        seen = mask[:, :, rows if mask.shape[2] > 1 else slice(None), columns if mask.shape[3] > 1 else slice(None)]
-        hidden = hidden | ~seen
-    hidden = hidden.expand((1,) * (4 - hidden.ndim) + hidden.shape)
+    distance = torch.arange(width, device=q.device) - torch.arange(height, device=q.device)[:, None]
+    if band.lo is not None:
+        hidden |= distance < band.lo
+    if band.hi is not None:
+        hidden |= distance > band.hi
+    hidden = hidden[None, None] if mask is None else hidden | ~mask
     return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)

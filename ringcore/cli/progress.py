@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +62,8 @@ class ReportingKernels:
             rows = (slice(None), slice(None), slice(start, stop))
             piece = Partial(*(x[rows] for x in _fields(result)))
             part = self._kernels.forward(
-                q[rows], k, v, score=score, tile=_slab(tile, start, stop),
+                q[rows], k, v, score=score,
+                tile=tile.part((start, stop), (0, tile.width), tile.band.shifted(start, 0)),
                 bias=_term(bias, rows), mask=_term(mask, rows), state=piece,
             )  # fmt: skip
             if part is not piece:
@@ -126,25 +126,6 @@ def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], object] | 
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("attention", total=total)
         yield lambda pairs: progress.advance(task, pairs)
-
-
-def _slab(tile: Tile, start: int, stop: int) -> Tile:
-    """Rows ``start`` to ``stop`` of the tile."""
-    rows = tile.rows
-    step = rows.step or 1
-    first = (rows.start or 0) + start * step
-    positions, at = [], 0
-    for run in tile.row_positions:
-        part = run[max(0, start - at) : max(0, stop - at)]
-        if part:
-            positions.append(part)
-        at += len(run)
-    return replace(
-        tile,
-        rows=slice(first, first + (stop - start) * step, step),
-        row_positions=tuple(positions),
-        band=tile.band.shifted(start, 0),
-    )
 
 
 def _term(term: Array | None, rows: tuple[slice, ...]) -> Array | None:

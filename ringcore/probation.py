@@ -1,0 +1,98 @@
+"""Fused kernels on probation: before their first use they are held against the reference kernels on a small tile."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import array_api_compat
+
+from ringcore.merge import empty_partial, merge
+from ringcore.partial import Partial, dtype_name
+from ringcore.protocols import Kernels
+from ringcore.tile import ReferenceKernels
+from ringcore.values import Array, Band, Gradients, Score, Tile, namespace
+
+_SIDE = 48
+# Far above rounding, far below what a wrong base, sentinel, order of axes or scale does.
+_TOLERANCE = {"float16": 0.02, "bfloat16": 0.04, "float32": 1e-3, "float64": 1e-8}
+_ALL, _SPAN = slice(None), (range(_SIDE),)
+_TILE = Tile(_ALL, _ALL, _ALL, slice(0, _SIDE), slice(0, _SIDE), _SPAN, _SPAN, Band(None, 0))
+
+_found: WeakKeyDictionary[Kernels, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
+
+
+def fault(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | None:
+    """What is wrong with fused kernels on q's device, for its dtype and these widths; None if nothing is.
+
+    Looked at once, and not while a graph is captured: there, nothing can be read.
+    """
+    if not kernels.capabilities.fused:
+        return None
+    masked, gradient = "mask" in needs, "gradient" in needs
+    key = str(array_api_compat.device(q)), dtype_name(q), q.shape[3], v.shape[3], masked, gradient
+    known = _found.setdefault(kernels, {})
+    if key not in known and not getattr(kernels, "capturing", bool)():
+        known[key] = _tried(kernels, q, v.shape[3], masked, gradient)
+    return known.get(key)
+
+
+def _tried(kernels: Kernels, like: Array, width: int, masked: bool, gradient: bool) -> str | None:
+    q, k, v, dout = (
+        _waves(like, heads, columns, phase)
+        for heads, columns, phase in (
+            (2, like.shape[3], 0.1),
+            (1, like.shape[3], 0.7),
+            (1, width, 1.3),
+            (2, width, 1.9),
+        )
+    )
+    xp, score = namespace(q), Score(1 / math.sqrt(like.shape[3]))
+    numbers = xp.arange(_SIDE, dtype=xp.int64, device=array_api_compat.device(q))
+    mask = (numbers[:, None] + numbers[None, :]) % 7 > 0
+    mask = (mask & (numbers != 5)[:, None])[None, None, :, :] if masked else None  # row 5 sees nothing
+    reference = ReferenceKernels()
+    try:
+        due = reference.forward(q, k, v, score=score, tile=_TILE, mask=mask)
+        part = kernels.forward(q, k, v, score=score, tile=_TILE, mask=mask)
+        came = merge(empty_partial(q, width), part)
+        found = {"out": (came.out, due.out), "lse": _lse(came, due)}
+        if gradient:
+            out = xp.astype(due.out, q.dtype)
+            delta = xp.sum(due.out * xp.astype(dout, due.out.dtype), axis=-1)
+            given = dout, q, k, v, due.maximum, due.total
+            zeros = Gradients(*(xp.zeros_like(xp.astype(x, due.out.dtype)) for x in (q, k, v)))
+            sums = reference.backward(*given, delta, score=score, tile=_TILE, mask=mask, into=zeros)
+            own = kernels.backward(
+                *given, None, score=score, tile=_TILE, mask=mask, into=Gradients(), **{"out": out, "dlse": None}
+            )
+            found |= {name: (getattr(own, name), getattr(sums, name)) for name in ("dq", "dk", "dv")}
+        errors = {name: _distance(*pair) for name, pair in found.items()}
+    except Exception as error:  # whatever it is, other kernels may do better
+        return f"they failed on a small tile ({type(error).__name__}: {error})"
+    wrong = [f"{name} is off by {size:.1e}" for name, size in errors.items() if not size <= _TOLERANCE[dtype_name(q)]]
+    return f"their results on a small tile are wrong ({', '.join(wrong)}; relative)" if wrong else None
+
+
+def _waves(like: Array, heads: int, columns: int, phase: float) -> Array:
+    """Numbers [1, heads, side, columns] from -1 to 1, in no pattern, of the library, dtype and device of ``like``."""
+    xp = namespace(like)
+    count = heads * _SIDE * columns
+    steps = xp.arange(count, dtype=xp.float32, device=array_api_compat.device(like))
+    return xp.astype(xp.reshape(xp.sin(steps * (1.7 + phase) + phase), (1, heads, _SIDE, columns)), like.dtype)
+
+
+def _lse(came: Partial, due: Partial) -> tuple[Array, Array]:
+    """Both as they are, with equal numbers where both say that a row saw nothing."""
+    xp = namespace(came.weighted)
+    empty = (came.lse == -math.inf) & (due.lse == -math.inf)
+    return xp.where(empty, 0.0, came.lse), xp.where(empty, 0.0, due.lse)
+
+
+def _distance(came: Array, due: Array) -> float:
+    """The largest difference over the largest number that was due; infinite for NaN."""
+    xp = namespace(due)
+    came = xp.astype(came, due.dtype)
+    largest = float(xp.max(xp.abs(came - due))) / max(float(xp.max(xp.abs(due))), 1e-30)
+    return largest if math.isfinite(largest) else math.inf

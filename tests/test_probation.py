@@ -1,0 +1,134 @@
+"""Fused kernels with wrong statistics are refused: each fault that real ones had, planted in right ones."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import ringcore
+from ringcore import Gradients, Partial, UnsupportedError
+from ringcore.partial import accumulation_dtype
+from ringcore.tile import ReferenceKernels
+from ringcore.values import namespace
+
+REFERENCE = ReferenceKernels()
+
+
+class Fused:
+    """Right kernels of the fused kind: one tile's out and lse, and its own gradients."""
+
+    def __init__(self):
+        self.capabilities = ringcore.Capabilities("fused", fused=True, bands="triangles")
+        self.tries = 0
+
+    def forward(self, q, k, v, **keywords):
+        self.tries += 1
+        part = REFERENCE.forward(q, k, v, **keywords)
+        return self.spoil(Partial.from_lse(np.asarray(part.out).astype(q.dtype), part.lse))
+
+    def spoil(self, part):
+        return part
+
+    def backward(self, dout, q, k, v, maximum, total, delta, *, out, dlse, into, **keywords):
+        assert delta is None
+        assert into == Gradients()
+        xp, wide = namespace(q), accumulation_dtype(q)
+        delta = xp.sum(xp.astype(out, wide) * xp.astype(dout, wide), axis=-1)
+        delta = delta if dlse is None else delta - dlse
+        sums = Gradients(*(xp.zeros(x.shape, dtype=wide) for x in (q, k, v)))
+        found = REFERENCE.backward(dout, q, k, v, maximum, total, delta, into=sums, **keywords)
+        return self.spoil_gradients(Gradients(*(x.astype(q.dtype) for x in (found.dq, found.dk, found.dv))))
+
+    def spoil_gradients(self, gradients):
+        return gradients
+
+
+def arrays(dtype="float64"):
+    rng = np.random.default_rng(3)
+    return [rng.standard_normal((1, 2, 12, 8)).astype(dtype) for _ in range(3)]
+
+
+def plus_inf(part):
+    return replace(part, maximum=np.where(part.total > 0, part.maximum, np.inf))
+
+
+FORWARD = {
+    "a base of 2": lambda part: replace(part, maximum=part.maximum / np.log(2)),
+    "rows without keys at 0": lambda part: replace(
+        part, maximum=np.where(part.total > 0, part.maximum, 0.0), total=np.ones_like(part.total)
+    ),
+    "rows without keys at +inf": lambda part: replace(plus_inf(part), total=np.ones_like(part.total)),
+    "heads in another order": lambda part: replace(part, maximum=part.maximum[:, ::-1]),
+    "nothing written": lambda part: replace(part, weighted=np.full_like(part.weighted, np.nan)),
+    "an lse of a half type": lambda part: replace(part, maximum=np.round(part.maximum * 16) / 16),
+}
+BACKWARD = {
+    "no scale": lambda gained: replace(gained, dq=gained.dq * 3),
+    "dk and dv exchanged": lambda gained: replace(gained, dk=gained.dv, dv=gained.dk),
+    "dv unwritten": lambda gained: replace(gained, dv=np.full_like(gained.dv, np.nan)),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_right_fused_kernels_pass_and_are_exact(dtype, size):
+    q, k, v = arrays(dtype)
+    kernels = Fused()
+    keywords = {"causal": True, "ring_size": size, "layout": "zigzag"}
+    (out, lse), pullback = ringcore.ring_attention_vjp(q, k, v, kernels=kernels, **keywords)
+    (due, due_lse), due_pullback = ringcore.ring_attention_vjp(q, k, v, kernels="reference", **keywords)
+    allowed = {"float16": 4e-3, "float32": 5e-6, "float64": 1e-12}[dtype]
+    dout = np.cos(np.arange(out.size)).reshape(out.shape).astype(dtype)
+    dlse = np.sin(np.arange(lse.size)).reshape(lse.shape).astype(lse.dtype)
+    pairs = [(out, due), (lse, due_lse), *zip(pullback(dout, dlse), due_pullback(dout, dlse), strict=True)]
+    for came, expected in pairs:
+        assert came.dtype == expected.dtype
+        np.testing.assert_allclose(came.astype(float), expected.astype(float), rtol=0, atol=4 * allowed)
+
+
+@pytest.mark.parametrize("fault", FORWARD)
+def test_wrong_statistics_are_refused_before_use(fault):
+    q, k, v = arrays("float32")
+    kernels = Fused()
+    kernels.spoil = FORWARD[fault]
+    mask = np.ones((12, 12), bool)
+    with pytest.raises(UnsupportedError, match=r"'fused' cannot do this call: their results on a small tile are wrong"):
+        ringcore.ring_attention(q, k, v, mask=mask, kernels=kernels)
+    assert kernels.tries == 1
+
+
+@pytest.mark.parametrize("fault", BACKWARD)
+def test_wrong_gradients_are_refused_before_use(fault):
+    q, k, v = arrays("float32")
+    kernels = Fused()
+    kernels.spoil_gradients = BACKWARD[fault]
+    ringcore.ring_attention(q, k, v, kernels=kernels)
+    with pytest.raises(UnsupportedError, match="small tile are wrong"):
+        ringcore.ring_attention_vjp(q, k, v, kernels=kernels)
+
+
+def test_kernels_that_fail_are_refused_with_their_error():
+    kernels = Fused()
+
+    def fails(part):
+        raise RuntimeError("no such instruction")
+
+    kernels.spoil = fails
+    with pytest.raises(UnsupportedError, match=r"failed on a small tile \(RuntimeError: no such instruction\)"):
+        ringcore.ring_attention(*arrays(), kernels=kernels)
+
+
+def test_kernels_are_tried_once_for_each_dtype_and_width():
+    kernels = Fused()
+    for _ in range(3):
+        ringcore.ring_attention(*arrays(), kernels=kernels)
+    assert kernels.tries == 1 + 3
+    ringcore.ring_attention(*arrays("float32"), kernels=kernels)
+    assert kernels.tries == 1 + 3 + 2
+
+
+def test_kernels_are_not_tried_while_a_graph_is_captured():
+    kernels = Fused()
+    kernels.capturing = lambda: True
+    ringcore.ring_attention(*arrays(), kernels=kernels)
+    assert kernels.tries == 1
