@@ -139,7 +139,7 @@ class Prepared:
         self._works = [
             ForwardWork(
                 *parts, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths,
-                merge_rows=self._arithmetic.merge_rows,
+                arithmetic=self._arithmetic,
             )
             for parts in zip(qs, ks, vs, biases, masks, strict=True)
         ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat
 
 from ringcore import merge as _arithmetic
-from ringcore.errors import KeywordError, MissingDependency, UnsupportedError
+from ringcore.errors import KeywordError, MissingDependency, RingcoreError, UnsupportedError
 from ringcore.partial import dtype_name
 from ringcore.probation import fault
 from ringcore.protocols import Arithmetic, Kernels, Transport
@@ -41,7 +41,7 @@ def choose_kernels(
         if not _concerns(name, q):
             continue
         found = _loaded(name, sharers)
-        if isinstance(found, MissingDependency):
+        if isinstance(found, RingcoreError):
             passed.append(f"{name}: {found}")
         elif lack := _lack(found, q, v, needs):
             passed.append(f"{name}: {lack}")
@@ -142,17 +142,17 @@ def _named(name: str, sharers: int) -> Kernels:
         known = ", ".join(["reference", *sorted(_points("ringcore.kernels"))])
         raise KeywordError(f"kernels is {name!r}; the installed ones are {known}.")
     kernels = _loaded(name, sharers)
-    if isinstance(kernels, MissingDependency):
+    if isinstance(kernels, RingcoreError):
         raise kernels
     return kernels
 
 
 @lru_cache(maxsize=16)
-def _loaded(name: str, sharers: int) -> Kernels | MissingDependency:
-    """The kernels, or what they lack: looked for once."""
+def _loaded(name: str, sharers: int) -> Kernels | RingcoreError:
+    """The kernels, or why there are none here: looked for once."""
     try:
         kernels: Kernels = _load(_points("ringcore.kernels")[name])(sharers=sharers)
-    except MissingDependency as error:
+    except (MissingDependency, UnsupportedError) as error:
         return error
     return kernels
 

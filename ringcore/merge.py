@@ -74,6 +74,13 @@ def finished(partial: Partial, dtype: Any) -> Array:
     return xp.astype(out, dtype, copy=False)
 
 
+def finished_lse(maximum: Array, total: Array, empty: float) -> Array:
+    """maximum + log(total) [B, H, S]; ``empty`` in rows that saw no key."""
+    xp = namespace(maximum)
+    seen = (maximum != -math.inf) & (total != 0)
+    return xp.where(seen, maximum + xp.log(xp.where(seen, total, 1.0)), empty)
+
+
 def fields(partial: Partial) -> tuple[Array, Array, Array]:
     """weighted, maximum and total."""
     return partial.weighted, partial.maximum, partial.total

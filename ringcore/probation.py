@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import array_api_compat
 
-from ringcore.merge import empty_partial, merge
+from ringcore.merge import empty_partial, finished_lse, merge
 from ringcore.partial import Partial, dtype_name
 from ringcore.protocols import Kernels
 from ringcore.tile import ReferenceKernels
@@ -20,6 +20,7 @@ _TOLERANCE = {"float16": 0.02, "bfloat16": 0.04, "float32": 1e-3, "float64": 1e-
 _ALL, _SPAN = slice(None), (range(_SIDE),)
 _TILE = Tile(_ALL, _ALL, _ALL, slice(0, _SIDE), slice(0, _SIDE), _SPAN, _SPAN, Band(None, 0))
 
+_REFERENCE = ReferenceKernels()
 _found: WeakKeyDictionary[Kernels, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
 
 
@@ -52,27 +53,38 @@ def _tried(kernels: Kernels, like: Array, width: int, masked: bool, gradient: bo
     numbers = xp.arange(_SIDE, dtype=xp.int64, device=array_api_compat.device(q))
     mask = (numbers[:, None] + numbers[None, :]) % 7 > 0
     mask = (mask & (numbers != 5)[:, None])[None, None, :, :] if masked else None  # row 5 sees nothing
-    reference = ReferenceKernels()
     try:
-        due = reference.forward(q, k, v, score=score, tile=_TILE, mask=mask)
+        due = _REFERENCE.forward(q, k, v, score=score, tile=_TILE, mask=mask)
         part = kernels.forward(q, k, v, score=score, tile=_TILE, mask=mask)
         came = merge(empty_partial(q, width), part)
         found = {"out": (came.out, due.out), "lse": _lse(came, due)}
         if gradient:
-            out = xp.astype(due.out, q.dtype)
-            delta = xp.sum(due.out * xp.astype(dout, due.out.dtype), axis=-1)
-            given = dout, q, k, v, due.maximum, due.total
-            zeros = Gradients(*(xp.zeros_like(xp.astype(x, due.out.dtype)) for x in (q, k, v)))
-            sums = reference.backward(*given, delta, score=score, tile=_TILE, mask=mask, into=zeros)
-            own = kernels.backward(
-                *given, None, score=score, tile=_TILE, mask=mask, into=Gradients(), **{"out": out, "dlse": None}
-            )
-            found |= {name: (getattr(own, name), getattr(sums, name)) for name in ("dq", "dk", "dv")}
+            found |= _gradients(kernels, (dout, q, k, v), due, score, mask)
         errors = {name: _distance(*pair) for name, pair in found.items()}
     except Exception as error:  # whatever it is, other kernels may do better
         return f"they failed on a small tile ({type(error).__name__}: {error})"
     wrong = [f"{name} is off by {size:.1e}" for name, size in errors.items() if not size <= _TOLERANCE[dtype_name(q)]]
     return f"their results on a small tile are wrong ({', '.join(wrong)}; relative)" if wrong else None
+
+
+def _gradients(
+    kernels: Kernels, arrays: tuple[Array, Array, Array, Array], due: Partial, score: Score, mask: Array | None
+) -> dict[str, tuple[Array, Array]]:
+    """Each gradient of the kernels, and that of the reference."""
+    dout, *inputs = arrays
+    xp, wide = namespace(dout), due.out
+    given = *arrays, due.maximum, due.total
+    rows = {
+        "out": xp.astype(wide, dout.dtype),
+        "lse": finished_lse(due.maximum, due.total, math.inf),
+        "dlse": None,
+    }
+    keywords: dict[str, Any] = {"score": score, "tile": _TILE, "mask": mask}
+    own = kernels.backward(*given, None, into=Gradients(), **{**keywords, **rows})
+    delta = xp.sum(wide * xp.astype(dout, wide.dtype), axis=-1)
+    zeros = Gradients(*(xp.zeros_like(xp.astype(x, wide.dtype)) for x in inputs))
+    sums = _REFERENCE.backward(*given, delta, into=zeros, **keywords)
+    return {name: (getattr(own, name), getattr(sums, name)) for name in ("dq", "dk", "dv")}
 
 
 def _waves(like: Array, heads: int, columns: int, phase: float) -> Array:

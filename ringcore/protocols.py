@@ -64,8 +64,9 @@ class Kernels(Protocol):
 
         maximum and total [B, H, S] are those of the finished row over all keys, delta is
         rowsum(dout * out) - dlse. The buffers of ``into`` may be reused. ``fused`` kernels get no delta and an empty
-        ``into``, and two keywords more: ``out`` [B, H, S, E] of the finished rows in q's dtype, and ``dlse``
-        [B, H, S] or None. They return the tile's own dq, dk and dv, in any floating dtype.
+        ``into``, and three keywords more: of the finished rows ``out`` [B, H, S, E] in q's dtype and ``lse`` [B, H, S],
+        +inf where a row saw no key so that exp(s - lse) is 0; and ``dlse`` [B, H, S] or None. They return the tile's
+        own dq, dk and dv, in any floating dtype.
         """
         ...
 
@@ -81,6 +82,11 @@ class Arithmetic(Protocol):
     @property
     def finished(self) -> Callable[[Partial, Any], Array]:
         """As `ringcore.merge.finished`."""
+        ...
+
+    @property
+    def finished_lse(self) -> Callable[[Array, Array, float], Array]:
+        """As `ringcore.merge.finished_lse`."""
         ...
 
 

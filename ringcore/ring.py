@@ -6,20 +6,20 @@ visits, what stays and what is carried home is the work's business; the plan say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
 
 from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
-from ringcore.merge import empty_partial, fields, merge_rows
+from ringcore.merge import empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
-from ringcore.protocols import Kernels
+from ringcore.protocols import Arithmetic, Kernels
 from ringcore.values import Array, Begin, Blocks, Finish, Gradients, Move, Plan, Score, Spec, Tile, namespace
 
 Loop: TypeAlias = Generator[Begin | Finish, Any, Blocks | None]
-MergeRows: TypeAlias = Callable[[Partial, tuple[Any, ...], Partial], Partial]
 
 
 class Work(Protocol):
@@ -101,10 +101,10 @@ class ForwardWork:
 
     def __init__(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
-        *, score: Score, kernels: Kernels, lengths: Sequence[int], merge_rows: MergeRows = merge_rows,
+        *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
-        self.score, self.kernels, self.lengths, self.merge_rows = score, kernels, lengths, merge_rows
+        self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
         self.state: Partial | None = None
 
     def visiting(self) -> Blocks:
@@ -129,7 +129,7 @@ class ForwardWork:
             state = self.state
             if self.fused:
                 part = self._forward(k, v, tile)
-                self.state = part if state is None else self.merge_rows(state, rows, part)
+                self.state = part if state is None else self.arithmetic.merge_rows(state, rows, part)
             elif whole or state is None:
                 self.state = self._forward(k, v, tile, state=state)
             else:
@@ -181,7 +181,7 @@ class BackwardWork:
         self.rows: dict[str, Array | None] = {}
         self.dq = self.dbias = None
         if forward.fused:
-            self.rows = {"out": out, "dlse": dlse}
+            self.rows = {"out": out, "lse": forward.arithmetic.finished_lse(maximum, total, math.inf), "dlse": dlse}
             return
         self.delta = _delta(dout, wide, dlse)
         self.dq = _zeros(forward.q) if "q" in wanted else None

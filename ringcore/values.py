@@ -210,8 +210,8 @@ class Capabilities:
     dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any. devices: kinds of
     device, such as "cpu" and "cuda"; empty is any.
     bias, mask, softcap, window (how far to the left), gradient: which of these they do.
-    fused: they know one tile alone. Forward returns its own partial, from out and lse; backward is given ``out`` and
-    ``dlse`` of the finished rows, None for delta, and returns its own gradients. ringcore adds both up. Before their
+    fused: they know one tile alone. Forward returns its own partial, from out and lse; backward is given ``out``,
+    ``lse`` and ``dlse`` of the finished rows, and returns its own gradients. ringcore adds both up. Before their
     first use on a device they are held against the reference kernels.
     bands: "any", or into what a tile is cut for them: "windows" (no row or column that meets nothing, so that
     lo <= 0 <= hi), "triangles" (no band, or causal from the upper left corner), "squares" (causal on as many rows as

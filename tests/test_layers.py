@@ -28,6 +28,8 @@ LAYERS = {
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 PORTABLE = {"array_api_compat"}  # what layers 1 to 4 may import besides the standard library
 TOP = {"pyproject.toml", "ringcore", "adapters", "tests", "docs", "noxfile.py", "README.md", "LICENSE"}
+IMPORTED = {"flash-attn-4": "flash_attn"}  # libraries that are imported by another name
+BROUGHT = {"torch": ("triton",)}  # what a library brings where it is of use
 BUILT = {"build", "dist", "PKG-INFO", "__pycache__"}  # what a tree without git may hold as well
 
 MODULES = sorted(path.relative_to(ROOT / "ringcore") for path in (ROOT / "ringcore").rglob("*.py"))
@@ -127,7 +129,7 @@ def public_names() -> set[str]:
 
 
 def listed(extra: str) -> set[str]:
-    """The import names of what ringcore and one of its extras require; here, their own names with underscores."""
+    """The import names of what ringcore and one of its extras require."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = set()
     for requirement in [*project["dependencies"], *project["optional-dependencies"][extra]]:
@@ -135,7 +137,7 @@ def listed(extra: str) -> set[str]:
         if name == "ringcore":
             found |= {library for other in extras.split(",") for library in listed(other.strip())}
         else:
-            found.add(name.replace("-", "_"))
+            found |= {IMPORTED.get(name, name.replace("-", "_")), *BROUGHT.get(name, ())}
     return found
 
 

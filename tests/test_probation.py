@@ -29,9 +29,10 @@ class Fused:
     def spoil(self, part):
         return part
 
-    def backward(self, dout, q, k, v, maximum, total, delta, *, out, dlse, into, **keywords):
+    def backward(self, dout, q, k, v, maximum, total, delta, *, out, lse, dlse, into, **keywords):
         assert delta is None
         assert into == Gradients()
+        np.testing.assert_allclose(lse, maximum + np.log(total))
         xp, wide = namespace(q), accumulation_dtype(q)
         delta = xp.sum(xp.astype(out, wide) * xp.astype(dout, wide), axis=-1)
         delta = delta if dlse is None else delta - dlse

@@ -1,11 +1,22 @@
 """Torch: fused kernels, autograd, and rings over torch.distributed."""
 
+from ringcore_torch.aten_cuda import Cudnn, Flash2
 from ringcore_torch.flash_cpu import FlashCpu
 from ringcore_torch.operator import attend
 
-__all__ = ["FlashCpu", "attend", "load_cpu"]
+__all__ = ["Cudnn", "Flash2", "FlashCpu", "attend", "load_cpu", "load_cudnn", "load_flash2"]
 
 
 def load_cpu(sharers: int = 1) -> FlashCpu:
     """The kernels for tensors in host memory; their threads are Torch's own (torch.set_num_threads)."""
     return FlashCpu()
+
+
+def load_cudnn(sharers: int = 1) -> Cudnn:
+    """cuDNN's kernels for tensors on a GPU."""
+    return Cudnn()
+
+
+def load_flash2(sharers: int = 1) -> Flash2:
+    """FlashAttention-2 for tensors on a GPU."""
+    return Flash2()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
 from ringcore import Band, Capabilities, Gradients, Partial, Score, Tile
 from ringcore_torch.partials import from_kernel
+from ringcore_torch.widths import even, with_lse_gradient
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -32,7 +32,7 @@ class FlashCpu:
     ) -> Partial:  # fmt: skip
         """The tile's own partial; see `ringcore.Kernels`."""
         values = v.shape[3]
-        q, k, v = _even(q, k, v)
+        q, k, v = even(q, k, v)
         hidden = _hidden(tile.band, mask, q, k)
         causal = hidden is None and tile.band != Band()
         out, lse = _forward(q, k, v, 0.0, causal, attn_mask=hidden, scale=score.scale)
@@ -46,41 +46,17 @@ class FlashCpu:
         self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         maximum: torch.Tensor, total: torch.Tensor, delta: None, *, score: Score, tile: Tile,
         bias: None = None, mask: torch.Tensor | None = None, into: Gradients,
-        out: torch.Tensor, dlse: torch.Tensor | None,
+        out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None,
     ) -> Gradients:  # fmt: skip
         """The tile's own gradients; see `ringcore.Kernels`."""
         widths = q.shape[3], k.shape[3], v.shape[3]
         if dlse is not None:
             dout, v, out = with_lse_gradient(dout, v, out, dlse)
-        q, k, v, dout, out = _even(q, k, v, dout, out)
+        q, k, v, dout, out = even(q, k, v, dout, out)
         hidden = _hidden(tile.band, mask, q, k)
-        lse, causal = finished_lse(maximum, total).contiguous(), hidden is None and tile.band != Band()
-        found = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=hidden, scale=score.scale)
+        causal = hidden is None and tile.band != Band()
+        found = _backward(dout, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=hidden, scale=score.scale)
         return Gradients(*(x[..., :width] for x, width in zip(found, widths, strict=True)))
-
-
-def finished_lse(maximum: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """maximum + log(total) [B, H, S]; +inf in rows that saw no key, whose weights exp(s - lse) are then 0."""
-    seen = (maximum != -torch.inf) & (total != 0)
-    return torch.where(seen, maximum + torch.log(torch.where(seen, total, 1.0)), torch.inf)
-
-
-def with_lse_gradient(
-    dout: torch.Tensor, v: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dout, v and out with one column more, by which a kernel that knows no dlse takes it into account.
-
-    Scores get weights * (dout v - dout out): with v 1, out 0 and dout dlse in the new column that gains weights * dlse.
-    """
-    column = dlse[..., None].to(dout.dtype)
-    return torch.cat([dout, column], -1), pad(v, (0, 1), value=1.0), pad(out, (0, 1))
-
-
-def _even(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors with columns of 0 up to one width, their last axis without gaps: the kernel reads no other."""
-    width = max(x.shape[3] for x in tensors)
-    evened = (x if x.shape[3] == width else pad(x, (0, width - x.shape[3])) for x in tensors)
-    return [x if x.stride(3) == 1 or width == 1 else x.contiguous() for x in evened]
 
 
 def _hidden(band: Band, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:

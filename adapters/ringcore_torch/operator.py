@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from ringcore import Result, UnsupportedError, check_output_gradients
 from ringcore_torch.keywords import call_of, text_of
+from ringcore_torch.partials import finished_lse
 
 _INPUTS = ("q", "k", "v", "bias")
 
@@ -44,10 +45,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = call_of("ring_attention", keywords)
     result = call.prepare(*_detached(q, k, v, bias, mask)).forward()
-    out = _stored_as(_empty_out(q, v, call.axes), result.out if call.axes == "bhsd" else result.out.transpose(1, 2))
-    # The operator's results must not share memory.
+    out = _stored_as(_empty_out(q, v), result.out if call.axes == "bhsd" else result.out.transpose(1, 2))
     maximum, total = result.maximum.contiguous(), result.total.contiguous()
-    return out, result.lse.contiguous(), maximum, total
+    return out, finished_lse(maximum, total, -torch.inf), maximum, total
 
 
 @_attend.register_fake
@@ -55,7 +55,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, keywords: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     axes = call_of("ring_attention", keywords).axes
-    out = _empty_out(q, v, axes)
+    out = _empty_out(q, v)
     rows = q.shape[:3] if axes == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse, maximum, total = (q.new_empty(rows, dtype=wide) for _ in range(3))
@@ -77,7 +77,7 @@ def _attend_backward(
     q, k, v, bias, mask = _detached(q, k, v, bias, mask)
     prepared = call.prepare(q, k, v, bias, mask, lambda _: check_output_gradients(dout, dlse, out, maximum))
     found = prepared.backward(result, dout, dlse, names)
-    return [_stored_as(_empty_gradient(x, name, call.axes), x) for name, x in zip(names, found, strict=True)]
+    return [_stored_as(torch.empty_like(x), x) for name, x in zip(names, found, strict=True)]
 
 
 @_attend_backward.register_fake
@@ -85,9 +85,8 @@ def _(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
     mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
-    axes = call_of("ring_attention", keywords).axes
     inputs = dict(zip(_INPUTS, (q, k, v, bias), strict=True))
-    return [_empty_gradient(x, name, axes) for name in wrt.split() if (x := inputs[name]) is not None]
+    return [torch.empty_like(x) for name in wrt.split() if (x := inputs[name]) is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,20 +138,13 @@ def _detached(*tensors: Any) -> list[Any]:
     return [None if x is None else x.detach() for x in tensors]
 
 
-def _empty_out(q: Tensor, v: Tensor, axes: str) -> Tensor:
-    """The memory of out: rows of all heads lie together, as the layer after attention reads them."""
-    if axes == "bshd":
-        return q.new_empty((*q.shape[:3], v.shape[3]))
-    batch, heads, rows, _ = q.shape
-    return q.new_empty((batch, rows, heads, v.shape[3])).transpose(1, 2)
-
-
-def _empty_gradient(x: Tensor, name: str, axes: str) -> Tensor:
-    """The memory of the gradient of x: as the ring sums it, heads before rows."""
-    if name == "bias" or axes == "bhsd":
-        return x.new_empty(x.shape)
-    batch, rows, heads, width = x.shape
-    return x.new_empty((batch, heads, rows, width)).transpose(1, 2)
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """The memory of out: heads and rows in the order in which q has them."""
+    batch, first, second, _ = q.shape
+    width = v.shape[3]
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((batch, second, first, width)).transpose(1, 2)
+    return q.new_empty((batch, first, second, width))
 
 
 def _stored_as(memory: Tensor, x: Tensor) -> Tensor:

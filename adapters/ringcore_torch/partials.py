@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +13,12 @@ from ringcore import Partial
 
 def from_kernel(out: torch.Tensor, lse: torch.Tensor) -> Partial:
     """The partial of a kernel in which every row saw a key: out [B, H, S, E] in any dtype, lse [B, H, S]."""
-    return Partial(out, lse, torch.ones_like(lse))
+    return Partial(out, lse, torch.ones((), dtype=lse.dtype, device=lse.device).expand(lse.shape))
+
+
+def _all_one(total: torch.Tensor) -> bool:
+    """Whether it is that of a partial from a kernel: one number for all rows."""
+    return total.numel() > 1 and not any(total.stride())
 
 
 def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:
@@ -19,8 +26,14 @@ def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:
 
     What ``part`` holds in a row that saw no key is multiplied by 0: it must be finite.
     """
+    if _all_one(state.total):
+        state = Partial(state.weighted, state.maximum, state.total.contiguous())
     state = state.widened
     weighted, maximum, total = (x[rows] for x in (state.weighted, state.maximum, state.total))
+    one_pass = _one_pass(weighted)
+    if one_pass is not None:
+        one_pass.merge_into((weighted, maximum, total), (part.weighted, part.maximum, part.total))
+        return state
     largest = torch.maximum(maximum, part.maximum)
     reference = largest.masked_fill(largest == -torch.inf, 0.0)
     old, new = torch.exp(maximum - reference), torch.exp(part.maximum - reference)
@@ -37,6 +50,37 @@ def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:
 def finished(partial: Partial, dtype: torch.dtype) -> torch.Tensor:
     """``partial.out`` in ``dtype``; the buffers of ``partial.weighted`` are used up."""
     out: torch.Tensor = partial.weighted
-    if out.dtype == partial.total.dtype:  # else a fused kernel's, untouched: each total is 1, or 0 over a row of 0
-        out.div_(partial.total.masked_fill(~partial.seen, 1.0)[..., None])
+    if out.dtype != partial.total.dtype or _all_one(partial.total):
+        return out.to(dtype)  # a fused kernel's, untouched: each total is 1, or 0 over a row of 0
+    one_pass = _one_pass(out)
+    if one_pass is not None:
+        divided: torch.Tensor = one_pass.divided(out, partial.total, dtype)
+        return divided
+    out.div_(partial.total.masked_fill(~partial.seen, 1.0)[..., None])
     return out.to(dtype)
+
+
+def finished_lse(maximum: torch.Tensor, total: torch.Tensor, empty: float) -> torch.Tensor:
+    """maximum + log(total) [B, H, S], in memory of its own; ``empty`` in rows that saw no key."""
+    one_pass = _one_pass(maximum)
+    if one_pass is not None:
+        lse: torch.Tensor = one_pass.lse_of(maximum, total, empty)
+        return lse
+    seen = (maximum != -torch.inf) & (total != 0)
+    return torch.where(seen, maximum + torch.log(torch.where(seen, total, 1.0)), empty).contiguous()
+
+
+def _one_pass(x: torch.Tensor) -> ModuleType | None:
+    """The fused arithmetic, where it runs."""
+    return _triton() if x.is_cuda and x.stride(-1) == 1 else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from ringcore_torch import one_pass
+    except ModuleNotFoundError as exc:
+        if exc.name != "triton":
+            raise
+        return None
+    return one_pass

@@ -5,33 +5,33 @@ from __future__ import annotations
 from mutant import PRECISION, REPORT, RING, Mutant
 
 _FORWARD = """\
-            part = self.kernels.forward(
-                self.q[rows], k[keys], v[keys], score=self.score, tile=tile, state=piece, **terms
-            )
+        return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
 """
 _CHUNK = """\
-            part = self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms)
-            chunk = part.out if piece is None else piece.weighted + part.out
+        part = self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms)
+        piece = state.get("state")
+        chunk = part.out if piece is None else piece.weighted + part.out
 """
 _BACKWARD = """\
-            gained = forward.kernels.backward(
-                self.dout[rows], forward.q[rows], k[keys], v[keys],
-                self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
-                score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
-                **{name: None if x is None else x[rows] for name, x in self.rows.items()},
-            )  # fmt: skip
+        return forward.kernels.backward(
+            self.dout[rows], forward.q[rows], k[keys], v[keys],
+            self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
+            score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+            **{name: None if x is None else x[rows] for name, x in self.rows.items()},
+        )  # fmt: skip
 """
 _LOCAL = """\
-            terms = _terms(forward.bias, forward.mask, tile)
-            here = forward.kernels.forward(forward.q[rows], k[keys], v[keys], score=forward.score, tile=tile, **terms)
+        terms = _terms(forward.bias, forward.mask, tile)
+        here = forward.kernels.forward(forward.q[rows], k[keys], v[keys], score=forward.score, tile=tile, **terms)
 """
+FUSED = "tests/test_probation.py"
 
 MUTANTS = (
     Mutant(
         "per-chunk softmax summed",
         "ringcore/ring.py",
         _FORWARD,
-        f"{_CHUNK}            part = Partial(chunk, part.maximum * 0, part.total * 0 + 1)\n",
+        f"{_CHUNK}        return Partial(chunk, part.maximum * 0, part.total * 0 + 1)\n",
         REPORT,
         "every_ring_size",
     ),
@@ -39,16 +39,16 @@ MUTANTS = (
         "per-chunk averaged",
         "ringcore/ring.py",
         _FORWARD,
-        f"{_CHUNK}            seen = 0 if piece is None else piece.total\n"
-        "            part = Partial(chunk, part.maximum * 0, part.total * 0 + 1 + seen)\n",
+        f"{_CHUNK}        seen = 0 if piece is None else piece.total\n"
+        "        return Partial(chunk, part.maximum * 0, part.total * 0 + 1 + seen)\n",
         REPORT,
         "every_ring_size",
     ),
     Mutant(
         "the last chunk only",
         "ringcore/ring.py",
-        "score=self.score, tile=tile, state=piece, **terms",
-        "score=self.score, tile=tile, **terms",
+        "score=self.score, tile=tile, **terms, **state)",
+        "score=self.score, tile=tile, **terms)",
         REPORT,
         "every_ring_size",
     ),
@@ -100,6 +100,34 @@ MUTANTS = (
         + _BACKWARD.replace("None if self.delta is None else self.delta[rows]", "(self.dout[rows] * here.out).sum(-1)"),
         RING,
         "gradients and plain",
+    ),
+    Mutant(
+        "local lse in backward: fused",
+        "ringcore/ring.py",
+        _BACKWARD,
+        _LOCAL
+        + "        local = {**self.rows, 'lse': None}\n"
+        + _BACKWARD.replace("self.rows.items()", "local.items()").replace(
+            "None if x is None else x[rows]", "here.lse if name == 'lse' else None if x is None else x[rows]"
+        ),
+        FUSED,
+        "exact",
+    ),
+    Mutant(
+        "a part is added to what is already divided",
+        "ringcore/ring.py",
+        "(self.state or empty_partial(self.q, v.shape[-1])).widened",
+        "self.state or empty_partial(self.q, v.shape[-1])",
+        FUSED,
+        "exact",
+    ),
+    Mutant(
+        "what a fused kernel leaves is never looked at",
+        "ringcore/probation.py",
+        "known[key] = _tried(kernels, q, v.shape[3], masked, gradient)",
+        "known[key] = None",
+        FUSED,
+        "refused",
     ),
     Mutant(
         "delta without dlse",

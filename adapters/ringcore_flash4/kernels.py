@@ -1,0 +1,84 @@
+"""flash-attn-4 on one tile of Torch tensors."""
+
+from __future__ import annotations
+
+import torch
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+from ringcore import Band, Capabilities, Gradients, Partial, Score, Tile, UnsupportedError
+
+Tensor = torch.Tensor
+
+_LEAST = 9  # compute capability: Hopper
+
+
+class Flash4:
+    """Attention over one tile by the kernels of flash-attn-4, compiled when a kind of tile first comes."""
+
+    capabilities = Capabilities(
+        "torch.cuda.flash4", dtypes=frozenset({"float16", "bfloat16"}), libraries=frozenset({"torch"}),
+        devices=frozenset({"cuda"}), bias=False, mask=False, fused=True, bands="windows", preference=30,
+        poison_rows=False, largest_head=256, head_multiple=8,
+    )  # fmt: skip
+
+    def capturing(self) -> bool:
+        """Whether work is recorded for a graph, not run."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, score: Score, tile: Tile,
+        bias: None = None, mask: None = None, state: None = None,
+    ) -> Partial:  # fmt: skip
+        """The tile's own partial; see `ringcore.Kernels`."""
+        out = _rows_like(q, v.shape[3])
+        _, lse, *_ = _flash_attn_fwd(
+            *_sequence_first(q, k, v), out=out.transpose(1, 2), softmax_scale=score.scale, softcap=score.softcap or 0.0,
+            return_lse=True, **_window(q, k, tile.band),
+        )  # fmt: skip
+        return Partial(out, lse, torch.ones((), dtype=lse.dtype, device=lse.device).expand(lse.shape))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, maximum: Tensor, total: Tensor, delta: None, *,
+        score: Score, tile: Tile, bias: None = None, mask: None = None, into: Gradients, out: Tensor,
+        lse: Tensor, dlse: Tensor | None,
+    ) -> Gradients:  # fmt: skip
+        """The tile's own gradients; see `ringcore.Kernels`."""
+        dout, q, k, v, out = _sequence_first(dout, q, k, v, out)
+        found = _flash_attn_bwd(
+            q, k, v, out, dout, lse, score.scale, softcap=score.softcap or 0.0, dlse=dlse,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_window(q, k, tile.band, axis=1),
+        )  # fmt: skip
+        return Gradients(*(x.transpose(1, 2) for x in found))
+
+
+def load(sharers: int = 1) -> Flash4:
+    """The kernels, where there is a GPU that runs them; the host's cores do not matter to them.
+
+    Raises UnsupportedError if there is none.
+    """
+    least = min((torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())), default=(0, 0))
+    if least[0] < _LEAST:
+        raise UnsupportedError(f"flash-attn-4 needs GPUs of compute capability {_LEAST} or more, but there is {least}.")
+    return Flash4()
+
+
+def _sequence_first(*tensors: Tensor) -> list[Tensor]:
+    """[B, H, S, D] as [B, S, H, D]; the kernels copy what is not aligned."""
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _window(q: Tensor, k: Tensor, band: Band, axis: int = 2) -> dict[str, int | None]:
+    """The band as a window around a diagonal that ends in the lower right corner."""
+    shift = k.shape[axis] - q.shape[axis]
+    return {
+        "window_size_left": None if band.lo is None else shift - band.lo,
+        "window_size_right": None if band.hi is None else band.hi - shift,
+    }
+
+
+def _rows_like(q: Tensor, width: int) -> Tensor:
+    """Memory for [B, H, S, width], heads and rows in the order in which q has them."""
+    batch, heads, rows, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    return q.new_empty((batch, heads, rows, width))
