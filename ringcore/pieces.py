@@ -22,7 +22,7 @@ def pieces(tile: Tile, can: Capabilities, masked: bool) -> Iterator[Tile]:
     if tile.band == NOTHING:
         return
     if can.bands == "windows":
-        yield tile
+        yield from _windows(tile)
     elif masked or tile.band.lo is not None:
         yield from _strips(tile, can.strip)
     elif tile.band.hi is None:
@@ -39,6 +39,20 @@ def _trimmed(tile: Tile) -> Tile:
     rows, columns = band.rows(0, tile.width, tile.height), band.columns(0, tile.height, tile.width)
     band = band.shifted(rows[0], columns[0]).clipped(rows[1] - rows[0], columns[1] - columns[0])
     return tile.part(rows, columns, band)
+
+
+def _windows(tile: Tile) -> Iterator[Tile]:
+    """Windows that kernels can align in the lower right corner: no taller than wide where a bound is above.
+
+    Some take a bound that reaches beyond all columns for none.
+    """
+    if tile.band.hi is None or tile.height <= tile.width:
+        yield tile
+        return
+    for rows in ((0, tile.width), (tile.width, tile.height)):
+        part = _trimmed(tile.part(rows, (0, tile.width), tile.band.shifted(rows[0], 0)))
+        if part.band != NOTHING:
+            yield from _windows(part)
 
 
 def _triangles(tile: Tile, hi: int, square: bool) -> Iterator[Tile]:

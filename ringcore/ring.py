@@ -124,8 +124,8 @@ class ForwardWork:
         k, v = block
         for tile in self.pieces(tiles):
             rows, whole = row_index(tile), _covers(self.q, tile)
-            if not whole:  # its rows are written into a state, which must hold what is not yet divided
-                self.state = (self.state or empty_partial(self.q, v.shape[-1])).widened
+            if not whole and self.state is None:
+                self.state = empty_partial(self.q, v.shape[-1])
             state = self.state
             if self.fused:
                 part = self._forward(k, v, tile)

@@ -77,7 +77,8 @@ def _attend_backward(
     q, k, v, bias, mask = _detached(q, k, v, bias, mask)
     prepared = call.prepare(q, k, v, bias, mask, lambda _: check_output_gradients(dout, dlse, out, maximum))
     found = prepared.backward(result, dout, dlse, names)
-    return [_stored_as(torch.empty_like(x), x) for name, x in zip(names, found, strict=True)]
+    memory = _empty_gradients(q, k, v, bias, names)
+    return [_stored_as(empty, x) for empty, x in zip(memory, found, strict=True)]
 
 
 @_attend_backward.register_fake
@@ -85,8 +86,7 @@ def _(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
     mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
-    inputs = dict(zip(_INPUTS, (q, k, v, bias), strict=True))
-    return [torch.empty_like(x) for name in wrt.split() if (x := inputs[name]) is not None]
+    return _empty_gradients(q, k, v, bias, wrt.split())
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,6 +145,12 @@ def _empty_out(q: Tensor, v: Tensor) -> Tensor:
     if q.stride(1) < q.stride(2):
         return q.new_empty((batch, second, first, width)).transpose(1, 2)
     return q.new_empty((batch, first, second, width))
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, names: Sequence[str]) -> list[Tensor]:
+    """The memory of the gradients, each in the order of its input's."""
+    inputs = dict(zip(_INPUTS, (q, k, v, bias), strict=True))
+    return [torch.empty_like(x) for name in names if (x := inputs[name]) is not None]
 
 
 def _stored_as(memory: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class Backend:
     name = "numpy"
     kernels: str | None = None
     half_types = True
+    fused = False  # whether it has fused kernels of half types, which take some widths alone
 
     def make(self, x: np.ndarray) -> Any:
         """A NumPy array as this library's."""
@@ -75,6 +76,7 @@ class TorchCuda(Torch):
 
     name = "torch-cuda"
     device = "cuda"
+    fused = True
 
 
 class Cupy(Backend):

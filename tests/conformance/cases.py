@@ -33,6 +33,12 @@ SHAPES = {
     "rectangular": Shape(2, 2, 1, 11, 31, 4, 3),
     "tiny": Shape(1, 2, 2, 3, 3, 1, 2),
 }
+# Shapes with the widths that fused kernels for GPUs take.
+FUSED_SHAPES = {
+    "aligned": Shape(2, 4, 2, 45, 45, 16, 16),
+    "long aligned": Shape(1, 2, 1, 300, 300, 64, 64),
+    "rectangular aligned": Shape(2, 2, 2, 24, 50, 8, 16),
+}
 
 Keywords = dict[str, Any]
 Feature = Callable[[np.random.Generator, Shape, str], Keywords]
@@ -204,16 +210,31 @@ def half_cases(sizes: tuple[int, ...]) -> list[Case]:
     return [case for dtype in HALF_DTYPES for case in few_cases(sizes, (dtype,))] + layouts
 
 
+def fused_cases(sizes: tuple[int, ...]) -> list[Case]:
+    """Every keyword in half types and the shapes that fused kernels for GPUs take."""
+    return [
+        _possible(Case(feature, layout, size, shape, dtype, AXES[i % 2]))
+        for i, (feature, shape) in enumerate(product(FEATURES, FUSED_SHAPES))
+        for layout, size, dtype in zip(
+            (LAYOUTS[i % 5], LAYOUTS[(i + 2) % 5]),
+            (sizes[i % len(sizes)], sizes[(i + 1) % len(sizes)]),
+            HALF_DTYPES,
+            strict=True,
+        )
+    ]
+
+
 def _possible(case: Case) -> Case:
     # Layouts of our own fix one length, so they go with square shapes.
-    if case.layout in ("uneven", "mixed") and case.shape == "rectangular":
-        return Case(case.feature, case.layout, case.size, "grouped", case.dtype, case.axes)
+    if case.layout in ("uneven", "mixed") and case.shape.startswith("rectangular"):
+        shape = "grouped" if case.shape in SHAPES else "aligned"
+        return Case(case.feature, case.layout, case.size, shape, case.dtype, case.axes)
     return case
 
 
 def draw(case: Case) -> tuple[dict[str, np.ndarray], Keywords]:
     """Seeded inputs [B, H, S, D] and keywords of a case; numbers do not depend on layout or ring size."""
-    shape = SHAPES[case.shape]
+    shape = {**SHAPES, **FUSED_SHAPES}[case.shape]
     rng = np.random.default_rng([len(case.shape), len(case.feature), sum(map(ord, case.feature))])
     sizes = {
         "q": (shape.batch, shape.heads, shape.queries, shape.width),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from backends import BACKENDS, LocalRing, MpiRing
-from cases import RING_SIZES, every_case, few_cases, half_cases, pairwise_cases
+from cases import RING_SIZES, every_case, few_cases, fused_cases, half_cases, pairwise_cases
 
 
 def pytest_addoption(parser):
@@ -45,4 +45,6 @@ def pytest_generate_tests(metafunc):
     cases = choose[metafunc.config.getoption("--cases")]()
     if BACKENDS[metafunc.config.getoption("--backend")].half_types:
         cases += half_cases(sizes)
+    if BACKENDS[metafunc.config.getoption("--backend")].fused:
+        cases += fused_cases(sizes)
     metafunc.parametrize("case", list(dict.fromkeys(cases)), ids=str)

@@ -105,19 +105,15 @@ MUTANTS = (
         "local lse in backward: fused",
         "ringcore/ring.py",
         _BACKWARD,
-        _LOCAL
-        + "        local = {**self.rows, 'lse': None}\n"
-        + _BACKWARD.replace("self.rows.items()", "local.items()").replace(
-            "None if x is None else x[rows]", "here.lse if name == 'lse' else None if x is None else x[rows]"
-        ),
+        _LOCAL + _BACKWARD.replace("None if x is None", "here.lse if name == 'lse' else None if x is None"),
         FUSED,
         "exact",
     ),
     Mutant(
         "a part is added to what is already divided",
-        "ringcore/ring.py",
-        "(self.state or empty_partial(self.q, v.shape[-1])).widened",
-        "self.state or empty_partial(self.q, v.shape[-1])",
+        "ringcore/merge.py",
+        "    state = state.widened\n    merged",
+        "    merged",
         FUSED,
         "exact",
     ),

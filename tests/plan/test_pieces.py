@@ -56,7 +56,7 @@ def check(tile, bands, masked, strip):
         if bands == "windows":
             # What a window that is aligned at the lower right corner needs: neither side negative.
             assert lo is None or piece.width - piece.height - lo >= 0
-            assert hi is None or hi - (piece.width - piece.height) >= 0
+            assert hi is None or 0 <= hi - (piece.width - piece.height) < piece.width
         elif masked:
             assert piece.height <= strip
         elif tile.band.clipped(tile.height, tile.width).lo is not None:

@@ -1,0 +1,197 @@
+"""Each fused kernel for GPUs against dense attention in float64: its bands, its statistics, its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ringcore
+from ringcore import Partial, UnsupportedError
+
+pytestmark = pytest.mark.timeout(300)
+KERNELS = ("torch.cuda.flash4", "torch.cuda.cudnn", "torch.cuda.flash2")
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+GRADIENT = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What the allocator hands out next is full of NaN, so that nothing unwritten goes unseen."""
+    torch.cuda.empty_cache()
+    blocks = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 25) for _ in range(3)]
+    del blocks
+    yield
+    torch.cuda.synchronize()
+
+
+def draw(dtype, batch, heads, key_heads, rows, keys, width, values):
+    generator = torch.Generator("cuda").manual_seed(7)
+    shapes = (batch, heads, rows, width), (batch, key_heads, keys, width), (batch, key_heads, keys, values)
+    return [torch.randn(s, generator=generator, device="cuda", dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def dense(q, k, v, dout, dlse, *, causal=False, window=(None, None), offset=0, softcap=None, key_lengths=None):
+    """out, lse and the three gradients, by Torch's autograd through whole float64 matrices."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(k.shape[2], device="cuda") - torch.arange(q.shape[2], device="cuda")[:, None] - offset
+    left, right = window
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if causal:
+        hidden |= distance > 0
+    if left is not None:
+        hidden |= distance < -left
+    if right is not None:
+        hidden |= distance > right
+    hidden = hidden.expand(scores.shape)
+    if key_lengths is not None:
+        columns = torch.arange(k.shape[2], device="cuda")
+        hidden = hidden | (columns >= torch.tensor(key_lengths, device="cuda")[:, None, None, None])
+    empty = hidden.all(-1)
+    scores = scores.masked_fill(hidden & ~empty[..., None], -torch.inf)
+    weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0.0)
+    out = weights @ v.repeat_interleave(group, 1)
+    lse = torch.logsumexp(scores, -1).masked_fill(empty, 0.0)
+    gradients = torch.autograd.grad([out, lse], (q, k, v), [dout.double(), dlse.double().masked_fill(empty, 0.0)])
+    return out.detach(), lse.detach().masked_fill(empty, -torch.inf), gradients
+
+
+def check(name, dtype, shape, size=1, layout="contiguous", memory="bhsd", dlse_too=True, **keywords):
+    arrays = draw(dtype, *shape)
+    if memory == "bshd":
+        arrays = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in arrays]
+    given = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in arrays]
+    asked = dict(keywords)
+    if "offset" in asked:
+        asked["query_offset"] = asked.pop("offset")
+    out, lse = ringcore.ring_attention(*given, ring_size=size, layout=layout, kernels=name, return_lse=True, **asked)
+    generator = torch.Generator("cuda").manual_seed(8)
+    dout = torch.randn(out.shape, generator=generator, device="cuda").to(dtype)
+    dlse = torch.randn(lse.shape, generator=generator, device="cuda") if dlse_too else torch.zeros_like(lse)
+    came = torch.autograd.grad([out, lse] if dlse_too else [out], given, [dout, dlse] if dlse_too else [dout])
+    due, due_lse, gradients = dense(*arrays, dout, dlse, **keywords)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert out.isfinite().all()
+    assert float((out.detach().double() - due).abs().max() / arrays[2].abs().max()) < TOLERANCE[dtype]
+    seen = due_lse > -torch.inf
+    assert (lse[~seen] == -torch.inf).all()
+    assert (out[~seen] == 0).all()
+    torch.testing.assert_close(lse[seen].double(), due_lse[seen], atol=2e-5, rtol=2e-5)
+    for x, mine, expected in zip(given, came, gradients, strict=True):
+        assert mine.stride() == x.stride()
+        assert mine.isfinite().all()
+        assert float((mine.double() - expected).abs().max() / expected.abs().max().clamp(min=1)) < GRADIENT[dtype]
+
+
+SHAPES = {
+    "plain": (2, 4, 4, 256, 256, 64, 64),
+    "grouped, odd lengths": (2, 6, 2, 333, 333, 128, 128),
+    "one row": (1, 2, 2, 1, 77, 64, 64),
+    "tall": (1, 4, 1, 500, 200, 32, 32),
+    "wide": (1, 4, 1, 130, 700, 96, 96),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_shapes(name, shape, causal, dtype):
+    check(name, dtype, SHAPES[shape], causal=causal, dlse_too=shape != "plain")
+
+
+@pytest.mark.parametrize("memory", ["bhsd", "bshd"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", KERNELS)
+def test_rings(name, size, layout, memory):
+    check(name, torch.bfloat16, (2, 4, 2, 301, 301, 64, 64), size, layout, memory, causal=True)
+
+
+@pytest.mark.parametrize("keywords", [
+    {"window": (50, 20)}, {"window": (40, None)}, {"window": (None, 30)}, {"window": (0, 0)}, {"causal": True, "window": (64, 0)},
+    {"causal": True, "offset": 40}, {"causal": True, "offset": -30}, {"window": (10, 5), "offset": 100},
+    {"key_lengths": (100, 0)}, {"causal": True, "key_lengths": (300, 17)},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_a_query_sees(name, keywords, size):
+    def attend():
+        check(name, torch.bfloat16, (2, 2, 1, 310, 310, 64, 64), size, "zigzag", **keywords)
+
+    if name == "torch.cuda.cudnn" and keywords.get("window", (None,))[0] is not None:
+        with pytest.raises(UnsupportedError, match="they have no window"):
+            attend()
+    else:
+        attend()
+
+
+def test_softcap_and_another_width_of_values():
+    check("torch.cuda.flash4", torch.bfloat16, (1, 4, 2, 200, 200, 64, 128), 2, "zigzag", causal=True, softcap=5.0)
+    check("torch.cuda.flash4", torch.bfloat16, (1, 4, 2, 200, 200, 192, 128), causal=True, dlse_too=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [40, 64, 256])
+def test_merging_in_one_pass_is_the_merge(dtype, width):
+    from ringcore_torch.partials import finished, finished_lse, merge_rows
+
+    generator = torch.Generator("cuda").manual_seed(3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def partial(kind):
+        weighted = torch.randn((2, 3, 37, width), generator=generator, device="cuda", dtype=torch.float64).to(kind)
+        maximum = torch.randn((2, 3, 37), generator=generator, device="cuda", dtype=wide) * 200
+        total = torch.rand((2, 3, 37), generator=generator, device="cuda", dtype=wide) + 0.5
+        empty = torch.rand((2, 3, 37), generator=generator, device="cuda") < 0.2
+        weighted[empty] = 0.0
+        return Partial(weighted, maximum.masked_fill(empty, -torch.inf), total.masked_fill(empty, 0.0))
+
+    first, second = partial(wide), partial(dtype)
+    rows = slice(None), slice(None), slice(5, 30)
+    part = Partial(
+        *(x[rows].transpose(0, 1).contiguous().transpose(0, 1) for x in (second.weighted, second.maximum, second.total))
+    )
+    due = ringcore.merge(first, second)
+    state = merge_rows(Partial(first.weighted.clone(), first.maximum.clone(), first.total.clone()), rows, part)
+    close = 1e-12 if wide == torch.float64 else 2e-6
+    for name in ("weighted", "maximum", "total"):
+        x = getattr(state, name)
+        torch.testing.assert_close(x[rows], getattr(due, name)[rows], atol=close, rtol=close)
+        outside = torch.ones(37, dtype=torch.bool, device="cuda")
+        outside[5:30] = False
+        assert torch.equal(x[:, :, outside], getattr(first, name)[:, :, outside])
+    torch.testing.assert_close(finished_lse(state.maximum, state.total, -torch.inf), state.lse, atol=close, rtol=close)
+    out = state.out
+    torch.testing.assert_close(finished(state, wide), out, atol=close, rtol=close)
+
+
+def test_unseen_numbers_never_leak():
+    from ringcore_torch.partials import merge_rows
+
+    nan = torch.full((1, 1, 8, 16), torch.nan, device="cuda")
+    empty, one = torch.full((1, 1, 8), -torch.inf, device="cuda"), torch.ones((1, 1, 8), device="cuda")
+    everything = slice(None), slice(None), slice(None)
+    state = Partial(torch.ones_like(nan), one * 3, one * 2)
+    merged = merge_rows(state, everything, Partial(nan, empty, one * 0))
+    assert torch.equal(merged.weighted, torch.ones_like(nan))
+    state = Partial(nan.clone(), empty.clone(), one * 0)
+    merged = merge_rows(state, everything, Partial(torch.ones_like(nan), one, one))
+    assert torch.equal(merged.out, torch.ones_like(nan))
+
+
+def test_the_best_that_can_is_taken():
+    from ringcore.discovery import choose_kernels
+
+    def chosen(width, dtype, *needs):
+        x = torch.empty((1, 1, 8, width), dtype=dtype, device="cuda")
+        return choose_kernels(None, x, x, frozenset(needs))[0].capabilities.name
+
+    assert chosen(64, torch.bfloat16, "gradient", "window", "softcap") == "torch.cuda.flash4"
+    assert chosen(60, torch.bfloat16) == "reference"
+    assert chosen(64, torch.float32) == "reference"
+    assert chosen(64, torch.bfloat16, "mask") == "reference"
