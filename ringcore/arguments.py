@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -43,6 +43,16 @@ class Arguments:
     def dtype(self) -> str:
         """The name of the dtype of q, k and v."""
         return dtype_name(self.q)
+
+    def about(self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None) -> Arguments:
+        """The same keywords about other arrays as they came, which were checked or are like those that were."""
+        q, k, v = (swap_axes(x, self.axes) for x in (q, k, v))
+        bias, mask = (None if x is None else _in_four_axes(x) for x in (bias, mask))
+        return replace(self, q=q, k=k, v=v, bias=bias, mask=mask)
+
+    def without_arrays(self) -> Arguments:
+        """The keywords alone, which keep no array in memory."""
+        return replace(self, q=None, k=None, v=None, bias=None, mask=None)
 
 
 def check_arguments(
@@ -192,8 +202,7 @@ def _four_axes(name: str, term: Array, q: Array) -> Array:
             f"{name} has {term.ndim} axes, shape {came}; it must have two to four, the last ones of [B, H, S, N]. "
             "What is one for all rows has 1 in the place of S."
         )
-    xp = namespace(term)
-    term = xp.reshape(term, (1,) * (4 - term.ndim) + came) if term.ndim < 4 else term
+    term = _in_four_axes(term)
     for axis, letter in enumerate("BHS"):
         if term.shape[axis] not in (1, q.shape[axis]):
             raise ShapeError(
@@ -201,6 +210,13 @@ def _four_axes(name: str, term: Array, q: Array) -> Array:
                 "With ring= it holds this rank's rows and all columns in global order."
             )
     return term
+
+
+def _in_four_axes(term: Array) -> Array:
+    """The bias or mask with leading axes of 1."""
+    if term.ndim == 4:
+        return term
+    return namespace(term).reshape(term, (1,) * (4 - term.ndim) + tuple(term.shape))
 
 
 def within_range(bias: Array | None, q: Array) -> Array | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import array_api_compat
@@ -29,6 +29,7 @@ from ringcore.values import Array, namespace
 
 Further = TypeVar("Further")
 
+_KEPT = 64  # signatures that a call remembers
 GRADIENTS = ("q", "k", "v", "bias")
 
 
@@ -53,6 +54,7 @@ class Call:
     kernels: Kernels | str | None
     gradient: bool = False
     wrt: Any = ()
+    _known: dict[Any, Known] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prepare(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
@@ -62,25 +64,44 @@ class Call:
 
         ``further`` checks what came beside these arguments. Raises the errors of `ringcore.errors`.
         """
-        transport = None if self.ring is None else find_transport(self.ring)
+        if self.ring is None:
+            known = self._about(q, k, v, bias, mask)
+            arguments = known.arguments.about(q, k, v, bias, mask)
+            further(arguments)
+            return Prepared(arguments, known.local or LocalSession(arguments, 1), known.kernels)
+        transport = find_transport(self.ring)
 
         def check() -> tuple[tuple[Arguments, Kernels], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
-            arguments, chosen, _ = self.choose(q, k, v, bias, mask)
+            known = self._about(q, k, v, bias, mask)
+            arguments = known.arguments.about(q, k, v, bias, mask)
             further(arguments)
-            if transport is not None and transport.size > 1:
+            if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
             wanted = sorted(self.wrt) if self.gradient else None
-            return (arguments, chosen), note_of(self.name, arguments, wrt=wanted)
+            return (arguments, known.kernels), note_of(self.name, arguments, wrt=wanted)
 
-        session: Session
-        if transport is None:
-            (arguments, chosen), _ = check()
-            session = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
-        else:
-            (arguments, chosen), agreed = agree(transport, check)
-            session = ProcessSession(transport, arguments, agreed)
-        return Prepared(arguments, session, chosen)
+        (arguments, chosen), agreed = agree(transport, check)
+        return Prepared(arguments, ProcessSession(transport, arguments, agreed), chosen)
+
+    def _about(self, *arrays: Any) -> Known:
+        """What holds for arrays of these types, shapes, dtypes and devices: found out once, if the call is kept."""
+        signature: tuple[Any, ...] | None = None
+        try:
+            signature = tuple(map(_signature, arrays))
+            known = self._known.get(signature)
+        except (AttributeError, TypeError):  # no arrays at all, perhaps: the checks say so
+            known = None
+        if known is not None:
+            return known
+        arguments, kernels, _ = self.choose(*arrays)
+        local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size)) if self.ring is None else None
+        known = Known(arguments.without_arrays(), kernels, local)
+        if signature is not None and not getattr(kernels, "capturing", bool)():
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[signature] = known
+        return known
 
     def choose(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
@@ -102,6 +123,15 @@ class Call:
         sharers = 1 if self.ring is None else find_transport(self.ring).sharers
         chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, frozenset(needs), sharers)
         return arguments, chosen, passed
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a call found out about arrays of one signature; it holds none of them."""
+
+    arguments: Arguments
+    kernels: Kernels
+    local: LocalSession | None
 
 
 @dataclass(frozen=True)
@@ -182,6 +212,15 @@ class Prepared:
             whole = join_term(session, [work.dbias for work in backward], arguments.bias)
             gradients["bias"] = xp.reshape(xp.astype(whole, arguments.bias.dtype, copy=False), arguments.bias_shape)
         return tuple(gradients[name] for name in wrt)
+
+
+def _signature(x: Any) -> Any:
+    """All of an array that decides what may be done with it, but for its numbers and strides."""
+    return (
+        None
+        if x is None
+        else (type(x), tuple(x.shape), x.dtype, array_api_compat.device(x), getattr(x, "layout", None))
+    )
 
 
 def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Array) -> None:

@@ -59,6 +59,16 @@ class Layout:
         """How many rows each rank holds."""
         return tuple(sum(map(len, shard)) for shard in self.shards)
 
+    @property
+    def whole(self) -> bool:
+        """Whether one rank holds all positions, in order: its shard is the array itself."""
+        if self.size != 1:
+            return False
+        starts = [0, *(piece.stop for piece in self.shards[0])]
+        return all(
+            piece.start == start and piece.step == 1 for start, piece in zip(starts, self.shards[0], strict=False)
+        )
+
     def positions(self, rank: int) -> list[int]:
         """The global positions of ``rank``'s rows, in order: the position ids for rotary embeddings."""
         return [position for piece in self.shards[rank] for position in piece]

@@ -18,6 +18,9 @@ def pieces(tile: Tile, can: Capabilities, masked: bool) -> Iterator[Tile]:
     if can.bands == "any":
         yield tile
         return
+    if tile.band == Band(None, 0) and tile.height == tile.width and not masked:  # what most tiles are
+        yield tile
+        return
     tile = _trimmed(tile)
     if tile.band == NOTHING:
         return
@@ -42,11 +45,11 @@ def _trimmed(tile: Tile) -> Tile:
 
 
 def _windows(tile: Tile) -> Iterator[Tile]:
-    """Windows that kernels can align in the lower right corner: no taller than wide where a bound is above.
+    """Windows that kernels can align in the lower right corner: no taller than wide.
 
-    Some take a bound that reaches beyond all columns for none.
+    Some take a missing bound for one of all columns, counted from there, and a bound beyond all columns for none.
     """
-    if tile.band.hi is None or tile.height <= tile.width:
+    if tile.band == Band() or tile.height <= tile.width:
         yield tile
         return
     for rows in ((0, tile.width), (tile.width, tile.height)):

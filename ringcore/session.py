@@ -57,13 +57,18 @@ class LocalSession:
         q_layout = resolve_layout(arguments.layout, q_length, size, "q")
         k_layout = resolve_layout(arguments.layout, k_length, size, "k")
         self.deal = _deal(arguments, q_layout, k_layout)
+        self._whole = q_layout.whole and k_layout.whole
 
     def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
         """Every rank's shard of the whole array x."""
+        if self._whole:
+            return [x]
         return [shard(x, layout, rank, layout.size, axis) for rank in range(layout.size)]
 
     def join(self, parts: Sequence[Array], layout: Layout, axis: int = 2) -> Array:
         """The whole array."""
+        if self._whole:
+            return parts[0]
         return unshard(parts, layout, axis)
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:

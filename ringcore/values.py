@@ -213,9 +213,10 @@ class Capabilities:
     fused: they know one tile alone. Forward returns its own partial, from out and lse; backward is given ``out``,
     ``lse`` and ``dlse`` of the finished rows, and returns its own gradients. ringcore adds both up. Before their
     first use on a device they are held against the reference kernels.
-    bands: "any", or into what a tile is cut for them: "windows" (no row or column that meets nothing, so that
-    lo <= 0 <= hi), "triangles" (no band, or causal from the upper left corner), "squares" (causal on as many rows as
-    columns). What is neither comes in strips of ``strip`` rows with any band.
+    bands: "any", or into what a tile is cut for them. "windows": no row or column meets nothing, and it is no taller
+    than wide, so that a window can be aligned in the lower right corner. "triangles": no band, or causal from the
+    upper left corner. "squares": that on as many rows as columns. What is neither comes in strips of ``strip`` rows
+    with any band.
     preference: of several kernels that can, those with the highest are taken.
     poison_rows: NaN in a key that only some rows see stays out of the others.
     largest_head, head_multiple, equal_heads: bounds on the widths of k and v.

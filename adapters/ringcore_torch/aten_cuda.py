@@ -67,6 +67,8 @@ class Cudnn(AtenKernels):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> tuple[Tensor, Tensor]:
         """out [B, H, S, E] and lse [B, H, S]."""
+        if q.shape[2] == k.shape[2] == 1:  # cuDNN takes no such tile
+            return Flash2().attend(q, k, v, band, scale)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, band != Band(), False, scale=scale
         )
@@ -76,6 +78,8 @@ class Cudnn(AtenKernels):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv."""
+        if q.shape[2] == k.shape[2] == 1:
+            return Flash2().pull_back(dout, q, k, v, out, lse, band, scale)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse[..., None], *_random_state(q), None, None, None, q.shape[2], k.shape[2], 0.0,
             band != Band(), scale=scale,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from functools import lru_cache
 from typing import Any
 
 from torch.distributed import ProcessGroup, distributed_c10d
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringcore import Call, KeywordError, Layout
 
+_GROUP = "process group"
 _objects: dict[str, Any] = {}
 _names: dict[int, str] = {}
 
@@ -25,11 +27,20 @@ text_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def call_of(name: str, text: str, **further: Any) -> Call:
-    """The call that these keywords describe."""
+    """The call that these keywords describe; the same one each time, so that it remembers what it found out."""
+    keywords = json.loads(text) if _GROUP in text else None
+    group = None if keywords is None else _resolved(keywords["ring"])
+    return _call(name, text, tuple(further.items()), group)
+
+
+@lru_cache(maxsize=256)
+def _call(name: str, text: str, further: tuple[tuple[str, Any], ...], group: ProcessGroup | None) -> Call:
+    """``group`` is what the text names: another one of that name may come after it."""
     keywords = json.loads(text, object_hook=_found)
     if isinstance(keywords["window"], list):
         keywords["window"] = tuple(keywords["window"])
-    return Call(name, **keywords, gradient="wrt" in further, **further)
+    wanted = dict(further)
+    return Call(name, **keywords, gradient="wrt" in wanted, **wanted)
 
 
 def _named(x: Any) -> Any:
@@ -38,7 +49,7 @@ def _named(x: Any) -> Any:
     if isinstance(x, DeviceMesh) and x.ndim == 1:
         x = x.get_group()
     if isinstance(x, ProcessGroup):
-        return {"group": x.group_name}
+        return {_GROUP: x.group_name}
     if hasattr(x, "tolist"):  # numbers in an array or a tensor
         return x.tolist()
     name = _names.get(id(x))
@@ -48,9 +59,16 @@ def _named(x: Any) -> Any:
     return {"object": name}
 
 
+def _resolved(x: Any) -> Any:
+    """The process group of this name, or nothing if x names none."""
+    if not isinstance(x, dict) or _GROUP not in x:
+        return None
+    return distributed_c10d._resolve_process_group(x[_GROUP])  # type: ignore[attr-defined]
+
+
 def _found(x: dict[str, Any]) -> Any:
-    if "group" in x:
-        return distributed_c10d._resolve_process_group(x["group"])  # type: ignore[attr-defined]
+    if _GROUP in x:
+        return _resolved(x)
     if "layout" in x and "name" in x:
         return Layout(tuple(tuple(range(*r) for r in shard) for shard in x["layout"]), x["name"])
     if "object" in x:

@@ -35,17 +35,35 @@ def attend(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text_of(**keywords))
+    text = text_of(**keywords)
+    if _plain(given):
+        out, result = _run(q, k, v, bias, mask, text)
+        return (out, finished_lse(result.maximum, result.total, -torch.inf)) if return_lse else out
+    out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text)
     return (out, lse) if return_lse else out
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody is to see the operator: no autograd, no compiler, no mode that watches operators."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not recorded and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, text: str) -> tuple[Tensor, Result]:
+    """out in the caller's axes, its memory ordered as q's, and what else was found."""
+    call = call_of("ring_attention", text)
+    result = call.prepare(*_detached(q, k, v, bias, mask)).forward()
+    out = result.out if call.axes == "bhsd" else result.out.transpose(1, 2)
+    return _stored_as(_empty_out(q, v), out), result
 
 
 @torch.library.custom_op("ringcore::attend", mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, keywords: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = call_of("ring_attention", keywords)
-    result = call.prepare(*_detached(q, k, v, bias, mask)).forward()
-    out = _stored_as(_empty_out(q, v), result.out if call.axes == "bhsd" else result.out.transpose(1, 2))
+    out, result = _run(q, k, v, bias, mask, keywords)
     maximum, total = result.maximum.contiguous(), result.total.contiguous()
     return out, finished_lse(maximum, total, -torch.inf), maximum, total
 

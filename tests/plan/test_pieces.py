@@ -54,9 +54,11 @@ def check(tile, bands, masked, strip):
         assert piece.band == piece.band.clipped(piece.height, piece.width)
         assert piece.band != NOTHING
         if bands == "windows":
-            # What a window that is aligned at the lower right corner needs: neither side negative.
-            assert lo is None or piece.width - piece.height - lo >= 0
-            assert hi is None or 0 <= hi - (piece.width - piece.height) < piece.width
+            # A window that is aligned in the lower right corner: on neither side negative, or beyond all columns.
+            shift = piece.width - piece.height
+            assert piece.band == Band() or shift >= 0
+            assert lo is None or 0 <= shift - lo < piece.width
+            assert hi is None or 0 <= hi - shift < piece.width
         elif masked:
             assert piece.height <= strip
         elif tile.band.clipped(tile.height, tile.width).lo is not None:
