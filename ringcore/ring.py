@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
 
+from ringcore import merge
 from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
 from ringcore.merge import empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
@@ -101,7 +102,7 @@ class ForwardWork:
 
     def __init__(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
-        *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic,
+        *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic = merge,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
         self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
