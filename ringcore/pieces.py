@@ -18,7 +18,7 @@ def pieces(tile: Tile, can: Capabilities, masked: bool) -> Iterator[Tile]:
     if can.bands == "any":
         yield tile
         return
-    if tile.band == Band(None, 0) and tile.height == tile.width and not masked:  # what most tiles are
+    if tile.band == Band(None, 0) and tile.height == tile.width > 1 and not masked:  # what most tiles are
         yield tile
         return
     tile = _trimmed(tile)
