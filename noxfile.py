@@ -34,11 +34,16 @@ def install(session: nox.Session, extras: str, *further: str) -> None:
     session.install(f".[{extras}]")
 
 
-def pytest(session: nox.Session, *arguments: str, ranks: int = 0) -> None:
+def pytest(session: nox.Session, *arguments: str, ranks: int = 0, launcher: str = "mpiexec") -> None:
     """Run pytest; -P keeps the tree off the path, so that what is tested is what is installed."""
-    launcher = ["mpiexec", "-n", str(ranks)] if ranks else []
+    python = ["python", "-P"]
     environment = {"OMP_NUM_THREADS": "1"} if ranks else {}
-    session.run(*launcher, "python", "-P", "-m", "pytest", "-q", *arguments, env=environment)
+    if ranks and launcher == "torchrun":
+        python += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        environment["PYTHONSAFEPATH"] = "1"  # it starts each rank's Python itself
+    elif ranks:
+        python = ["mpiexec", "-n", str(ranks), *python]
+    session.run(*python, "-m", "pytest", "-q", *arguments, env=environment)
 
 
 @nox.session
@@ -59,9 +64,9 @@ def strict(session: nox.Session) -> None:
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    """Torch on the CPU: ring in one process, and over MPI."""
+    """Torch on the CPU: autograd, ring in one process, and over MPI; launches under torchrun that fail."""
     install(session, "test,mpich", TORCH)
-    pytest(session, "tests/torch_adapter")
+    pytest(session, "tests/torch_adapter", "--ignore", "tests/torch_adapter/world")
     pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
     pytest(session, "tests/mpi/world/test_mpi_arrays.py", "-k", "torch", ranks=2)
@@ -91,6 +96,16 @@ def mpi(session: nox.Session, ranks: int) -> None:
     pytest(session, "tests/mpi/world", ranks=ranks)
     if ranks > 2:
         pytest(session, CONFORMANCE, "--ring", "mpi-nodes", *session.posargs, ranks=ranks)
+
+
+@nox.session
+@nox.parametrize("ranks", [2, 3, 4])
+def gloo(session: nox.Session, ranks: int) -> None:
+    """Rings over torch.distributed on the CPU."""
+    install(session, "test", TORCH)
+    under = {"ranks": ranks, "launcher": "torchrun"}
+    pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "gloo", *session.posargs, **under)
+    pytest(session, "tests/torch_adapter/world", **under)
 
 
 @nox.session

@@ -2,8 +2,9 @@
 
 from ringcore_torch.flash_cpu import FlashCpu
 from ringcore_torch.operator import attend
+from ringcore_torch.transport import TorchTransport, adapt
 
-__all__ = ["FlashCpu", "attend", "load_cpu"]
+__all__ = ["FlashCpu", "TorchTransport", "adapt", "attend", "load_cpu"]
 
 
 def load_cpu(sharers: int = 1) -> FlashCpu:

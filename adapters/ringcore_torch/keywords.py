@@ -6,10 +6,11 @@ import json
 import uuid
 from typing import Any
 
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringcore import Call, KeywordError, Layout
+from ringcore_torch.groups import checked_group, group_of_name
 
 _objects: dict[str, Any] = {}
 _names: dict[int, str] = {}
@@ -35,10 +36,8 @@ def call_of(name: str, text: str, **further: Any) -> Call:
 def _named(x: Any) -> Any:
     if isinstance(x, Layout):
         return {"layout": [[(r.start, r.stop, r.step) for r in shard] for shard in x.shards], "name": x.name}
-    if isinstance(x, DeviceMesh) and x.ndim == 1:
-        x = x.get_group()
-    if isinstance(x, ProcessGroup):
-        return {"group": x.group_name}
+    if isinstance(x, ProcessGroup | DeviceMesh):
+        return {"group": checked_group(x).group_name}
     if hasattr(x, "tolist"):  # numbers in an array or a tensor
         return x.tolist()
     name = _names.get(id(x))
@@ -50,7 +49,7 @@ def _named(x: Any) -> Any:
 
 def _found(x: dict[str, Any]) -> Any:
     if "group" in x:
-        return distributed_c10d._resolve_process_group(x["group"])  # type: ignore[attr-defined]
+        return group_of_name(x["group"])
     if "layout" in x and "name" in x:
         return Layout(tuple(tuple(range(*r) for r in shard) for shard in x["layout"]), x["name"])
     if "object" in x:

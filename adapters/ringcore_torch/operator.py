@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ringcore import Result, UnsupportedError, check_output_gradients
+from ringcore_torch.groups import check_member
 from ringcore_torch.keywords import call_of, text_of
 
 _INPUTS = ("q", "k", "v", "bias")
@@ -30,6 +31,9 @@ def attend(
         return NotImplemented
     if not torch.compiler.is_compiling():
         _refuse_transforms(given)
+    if hasattr(keywords["ring"], "tolist"):  # which stands for numbers in the text of the other keywords
+        return NotImplemented
+    check_member(keywords["ring"])
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
