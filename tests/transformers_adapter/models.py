@@ -6,6 +6,7 @@ import transformers
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
 ENCODER = {**SIZES, "max_position_embeddings": 64}
+SPECIAL = "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"
 HYBRID = ["full_attention", "sliding_attention"]
 
 CONFIGS = {
@@ -24,7 +25,7 @@ CONFIGS = {
     "gpt2": (
         transformers.GPT2LMHeadModel,
         transformers.GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0,
-                                embd_pdrop=0.0, resid_pdrop=0.0),
+                                embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0),
     ),
     "bert": (
         transformers.BertModel,
@@ -32,12 +33,12 @@ CONFIGS = {
     ),
     "modernbert": (
         transformers.ModernBertModel,
-        transformers.ModernBertConfig(**ENCODER, local_attention=6, layer_types=HYBRID, pad_token_id=0),
+        transformers.ModernBertConfig(**ENCODER, local_attention=6, layer_types=HYBRID, **dict.fromkeys(SPECIAL, 0)),
     ),
 }  # fmt: skip
 
 
-def build(name, dtype=torch.float64, attention="sdpa"):
+def build(name, dtype=torch.float64, attention="eager"):
     """The same model at every call, its weights large enough that attention is far from uniform."""
     kind, config = CONFIGS[name]
     torch.manual_seed(3)

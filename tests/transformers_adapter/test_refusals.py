@@ -6,7 +6,6 @@ from models import build, draw_ids, run
 from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 from transformers.masking_utils import (
     and_masks,
-    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
@@ -223,7 +222,7 @@ def test_the_borders_of_documents_are_read_as_such():
 @pytest.mark.parametrize(
     "function",
     [
-        or_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 9))),
+        or_masks(causal_mask_function, sliding_window_overlay(2)),
         and_masks(causal_mask_function, lambda b, h, i, j: i > j),
         and_masks(causal_mask_function, padding_mask_function(torch.ones(1, 9))),
         chunked_causal_mask_function(3, torch.zeros(1)),
