@@ -10,36 +10,52 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringcore import Call, KeywordError, Layout
-from ringcore_torch.groups import checked_group, group_of_name
+from ringcore_torch.groups import check_member, checked_group, group_of_name
 
 _objects: dict[str, Any] = {}
 _names: dict[int, str] = {}
 
 
-def text_of(**keywords: Any) -> str:
-    """The keywords as JSON; process groups by their name, other objects by a name of this process alone."""
-    return json.dumps(keywords, default=_named)
+def text_of(*, ring: Any, **keywords: Any) -> str:
+    """The keywords as JSON; process groups by their name, other objects by a name of this process alone.
+
+    Raises TransportError or KeywordError for a process group or mesh that can be no ring.
+    """
+    check_member(ring)
+    return json.dumps({"ring": None if ring is None else _ring(ring), **keywords}, default=_named)
 
 
 # torch.compile calls it while it traces, and keeps the text. Set by hand: the decorator's only effect.
 text_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def call_of(name: str, text: str, **further: Any) -> Call:
-    """The call that these keywords describe."""
-    keywords = json.loads(text, object_hook=_found)
+def call_of(name: str, text: str, **changed: Any) -> Call:
+    """The call that these keywords describe, but for those that are ``changed``.
+
+    ``wrt`` is what Torch will want gradients of, so that ranks that differ in it hear so before they wait for a
+    gradient that never comes.
+    """
+    keywords = {"wrt": (), **json.loads(text, object_hook=_found), **changed}
     if isinstance(keywords["window"], list):
         keywords["window"] = tuple(keywords["window"])
-    return Call(name, **keywords, gradient="wrt" in further, **further)
+    return Call(name, **keywords, gradient=bool(keywords["wrt"]))
 
 
 def _named(x: Any) -> Any:
     if isinstance(x, Layout):
         return {"layout": [[(r.start, r.stop, r.step) for r in shard] for shard in x.shards], "name": x.name}
-    if isinstance(x, ProcessGroup | DeviceMesh):
-        return {"group": checked_group(x).group_name}
     if hasattr(x, "tolist"):  # numbers in an array or a tensor
         return x.tolist()
+    return _kept(x)
+
+
+def _ring(x: Any) -> Any:
+    if isinstance(x, ProcessGroup | DeviceMesh):
+        return {"group": checked_group(x).group_name}
+    return _kept(x)
+
+
+def _kept(x: Any) -> Any:
     name = _names.get(id(x))
     if name is None:
         name = _names[id(x)] = f"{type(x).__name__} {uuid.uuid4().hex}"

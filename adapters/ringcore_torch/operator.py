@@ -9,7 +9,6 @@ import torch
 from torch.autograd import forward_ad
 
 from ringcore import Result, UnsupportedError, check_output_gradients
-from ringcore_torch.groups import check_member
 from ringcore_torch.keywords import call_of, text_of
 
 _INPUTS = ("q", "k", "v", "bias")
@@ -31,14 +30,13 @@ def attend(
         return NotImplemented
     if not torch.compiler.is_compiling():
         _refuse_transforms(given)
-    if hasattr(keywords["ring"], "tolist"):  # which stands for numbers in the text of the other keywords
-        return NotImplemented
-    check_member(keywords["ring"])
+    inputs = zip(_INPUTS, (q, k, v, bias), strict=True)
+    wrt = [name for name, x in inputs if x is not None and x.requires_grad and torch.is_grad_enabled()]
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text_of(**keywords))
+    out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text_of(**keywords, wrt=wrt))
     return (out, lse) if return_lse else out
 
 
@@ -72,7 +70,7 @@ def _attend_backward(
     mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
     names = tuple(wrt.split())
-    call = call_of("ring_attention", keywords, wrt=names)
+    call = call_of("the gradient of ring_attention", keywords, wrt=names)
     if dout is None:
         dout = torch.zeros_like(out)
     dout, dlse, out, maximum, total = _detached(dout, dlse, out, maximum, total)
