@@ -15,6 +15,10 @@ from ringcore import UnsupportedError
 Window = tuple[int | None, int | None]
 
 
+class MaskReadError(UnsupportedError, AttributeError):
+    """A model looked into its mask, as if it were a matrix."""
+
+
 @dataclass
 class ModelMask:
     """The mask of one forward pass, which a model hands from layer to layer without looking into it.
@@ -29,6 +33,12 @@ class ModelMask:
     packed: bool = False
     padding: torch.Tensor | None = None
     settled: list[tuple[int, ...] | None] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        raise MaskReadError(
+            f"the model reads {name!r} of its attention mask, but ring attention writes no mask out. Use another "
+            "attn_implementation for this model."
+        )
 
     def narrowed(self, window: Window) -> ModelMask:
         """This mask and a window: both must let a key through."""

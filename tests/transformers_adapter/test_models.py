@@ -88,6 +88,14 @@ def test_activation_checkpointing(reentrant):
     close(run(model, "ring_in_process", **batch), due, 1e-12)
 
 
+def test_a_compiled_model():
+    ringcore_transformers.register("ring_in_process", ring_size=3)
+    model, batch = build("llama", attention="ring_in_process"), {"input_ids": draw_ids(), "use_cache": False}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
 def test_autocast_and_bfloat16():
     ringcore_transformers.register("ring_in_process", ring_size=3)
     model, batch = build("llama", torch.bfloat16), {"input_ids": draw_ids()}

@@ -1,12 +1,14 @@
 """Models whose sequence is split over two processes, against one process with transformers' own attention."""
 
+from itertools import product
+
 import pytest
 import torch
 from models import CONFIGS, build, draw_ids, run
 from ranks import on_ranks
 from torch.nn.functional import cross_entropy
 from training import STEPS, batches, start
-from world import LAYOUTS
+from world import LAYOUTS, PADDED
 
 import ringcore
 
@@ -36,12 +38,12 @@ def test_logits_and_summed_gradients_of_every_model_and_layout(tmp_path):
 
 def test_padding_on_the_right(tmp_path):
     ranks = on_ranks("padding", tmp_path)
-    mask = (torch.arange(13) < torch.tensor([[13], [6], [1]])).long()
-    for name in ("llama", "bert"):
+    for name, lengths in product(("llama", "bert"), PADDED):
+        mask = (torch.arange(13) < torch.tensor(lengths)[:, None]).long()
         due = run(build(name), "sdpa", input_ids=draw_ids(3), attention_mask=mask)[0]
         for layout in LAYOUTS:
-            came = ringcore.unshard([found[layout, name] for found in ranks], layout, axis=1)
-            assert distance(came[mask.bool()], due[mask.bool()]) < 1e-11, (name, layout)
+            came = ringcore.unshard([found[layout, lengths, name] for found in ranks], layout, axis=1)
+            assert distance(came[mask.bool()], due[mask.bool()]) < 1e-11, (name, layout, lengths)
 
 
 def reference():

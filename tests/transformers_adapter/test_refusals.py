@@ -97,11 +97,23 @@ def test_a_cache_with_a_past(ring):
         model.generate(draw_ids(), max_new_tokens=3, do_sample=False)
 
 
+def test_a_mask_that_begins_after_a_past(ring):
+    for offsets in ({"q_offset": torch.tensor(3)}, {"kv_offset": 3}):
+        with pytest.raises(UnsupportedError, match=r"2 queries from . on and 2 keys from . on: a KV cache with a past"):
+            ring.mask(q_length=2, kv_length=2, mask_function=causal_mask_function, **offsets)
+
+
 def test_a_ready_made_mask(ring):
     mask = torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
     refuses(
         UnsupportedError, r"ready-made attention_mask of shape \(2, 1, 13, 13\)", build("llama"), attention_mask=mask
     )
+
+
+def test_a_model_that_looks_into_its_mask():
+    with pytest.raises(UnsupportedError, match="reads 'dtype' of its attention mask"):
+        ModelMask(causal=True).dtype  # noqa: B018
+    assert not hasattr(ModelMask(causal=True), "shape")
 
 
 def test_packed_documents(ring):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import ringcore
 import ringcore_transformers
 from ringcore_transformers import loss, split_batch, sum_gradients
 
+PADDED = [(13, 6, 1), (13, 8, 12)]  # the tokens of each batch entry
 LAYOUTS = ["contiguous", "zigzag", "striped"]
 
 
@@ -40,15 +42,15 @@ def models(group, rank, size):
 def padding(group, rank, size):
     """Padding on the right, with a rank that has none of it, and one that has nothing else."""
     found = {}
-    mask = (torch.arange(13) < torch.tensor([[13], [6], [1]])).long()
-    for layout in LAYOUTS:
+    for layout, lengths in product(LAYOUTS, PADDED):
+        mask = (torch.arange(13) < torch.tensor(lengths)[:, None]).long()
         ringcore_transformers.register("ring", ring=group, layout=layout)
         for name in ("llama", "bert"):
             model = build(name)
             model.set_attn_implementation("ring")
             result = model(**split_batch({"input_ids": draw_ids(3), "attention_mask": mask}, layout, rank, size))
             out = result.logits if hasattr(result, "logits") else result.last_hidden_state
-            found[layout, name] = out.detach()
+            found[layout, lengths, name] = out.detach()
     return found
 
 
