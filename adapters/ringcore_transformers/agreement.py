@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ringcore import (
+    AgreementError,
     KeywordError,
     Layout,
     PeerError,
@@ -38,7 +39,7 @@ def settle(
 
     def describe() -> dict[str, Any]:
         check()
-        return {"rows": rows, "tokens": _count_tokens(mask.padding, rows)}
+        return {"entries": query.shape[0], "rows": rows, "tokens": _count_tokens(mask.padding, rows)}
 
     notes = _together(ring, describe)
     rank = 0 if ring is None else find_transport(ring).rank
@@ -88,12 +89,13 @@ def _count_tokens(padding: torch.Tensor | None, rows: int) -> list[int] | None:
 
 
 def _add_tokens(notes: list[dict[str, Any]]) -> tuple[int, ...] | None:
-    counts = [note["tokens"] for note in notes]
-    batch = max((len(count) for count in counts if count is not None), default=0)
-    if all(count is None for count in counts):
+    entries = [note["entries"] for note in notes]
+    if min(entries) != max(entries):
+        raise AgreementError(f"the ranks have batches of {entries} entries; all must have parts of one batch. {HELPER}")
+    if all(note["tokens"] is None for note in notes):
         return None
-    full = [[note["rows"]] * batch if note["tokens"] is None else note["tokens"] for note in notes]
-    return tuple(map(sum, zip(*full, strict=True)))
+    counts = [note["tokens"] or [note["rows"]] * note["entries"] for note in notes]
+    return tuple(map(sum, zip(*counts, strict=True)))
 
 
 def _check_positions(position_ids: torch.Tensor | None, due: torch.Tensor, packed: bool, who: str) -> None:
@@ -117,11 +119,7 @@ def _check_positions(position_ids: torch.Tensor | None, due: torch.Tensor, packe
     raise (UnsupportedError if restart else KeywordError)(
         f"position_ids[{entry}, {token}] is {int(position_ids[entry, token])} on {who}, but the layout gives that "
         f"token position {int(due[token])}. "
-        + (
-            "Positions that start anew mean packed documents, which ring attention under transformers lacks. "
-            if restart
-            else ""
-        )
+        + ("Positions that start anew mean packed documents, which ring attention lacks. " if restart else "")
         + HELPER
     )
 

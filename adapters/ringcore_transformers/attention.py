@@ -46,7 +46,7 @@ def register(
     return attention
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RingAttention:
     """What `register` registers: the settings, and the functions that transformers calls."""
 
@@ -96,7 +96,8 @@ class RingAttention:
                     f"attention has {query.shape[2]} queries and {key.shape[2]} keys on this rank: a KV cache with a "
                     "past, or attention to another sequence. Ring attention under transformers lacks both."
                 )
-            _check_layers(self.ring, module)
+            if self.ring is not None:
+                _check_split(module, attention_mask)
 
         key_lengths = settle(self.ring, self.layout, mask, query, position_ids, check)
         out = ring_attention(
@@ -128,10 +129,17 @@ def _check_mask(mask: Any, is_causal: bool, sliding_window: int | None) -> None:
         )
 
 
-def _check_layers(ring: Any, module: torch.nn.Module) -> None:
-    """Layers that mix positions in any other way would see this rank's shard alone, and nobody would notice."""
+def _check_split(module: torch.nn.Module, attention_mask: Any) -> None:
+    """That the sequence is split over the ring's processes as far as can be told, and that all layers know of it."""
+    if attention_mask is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} asks for attention without the mask that transformers makes for texts, as parts "
+            "of a model do that look at images: on a ring of processes their sequence is not split. Give such parts an "
+            'attention of their own, attn_implementation={"": "ringcore", "vision_config": "sdpa"} for example.'
+        )
+    # Layers that mix positions in any other way would see this rank's shard alone, and nobody would notice.
     kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - ATTENTION_LAYERS
-    if ring is not None and kinds:
+    if kinds:
         raise UnsupportedError(
             f"the model has layers of kind {', '.join(sorted(kinds))}, which would see only this rank's part of the "
             f"sequence. On a ring of processes all layers must be {' or '.join(sorted(ATTENTION_LAYERS))}."

@@ -12,9 +12,7 @@ HARMLESS = {
     "use_cache": "a first pass fills a cache with this rank's keys; a later one, which has a past, is refused",
     "output_hidden_states": "hidden states are collected outside of attention",
     "num_items_in_batch": "the loss divides by it",
-    "labels": "the loss compares with them",
-    "shift_labels": "the loss compares with them",
-    "token_type_ids": "embeddings add them; a mask made of them is refused as a mask",
+    "shift_labels": "the loss compares logits with them",
 }
 
 # What each asks for.

@@ -100,6 +100,7 @@ def refusals(group, rank, size):
             {"input_ids": draw_ids(), "attention_mask": holes}, "contiguous", rank, size
         ),
         "a whole mask": {**good, "attention_mask": mask},
+        "another batch": {name: x[: 2 - rank] for name, x in good.items()},
         "a keyword on one rank": {**good, "s_aux": torch.ones(4) if rank else None},
     }
     for name, batch in cases.items():

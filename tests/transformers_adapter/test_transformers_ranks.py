@@ -103,6 +103,9 @@ def test_what_is_wrong_on_one_rank_is_refused_on_both_and_the_ring_lives_on(tmp_
         assert "split_batch" in found["position ids left out"][1]
     assert {first["position ids of another layout"][0], second["position ids of another layout"][0]} == {"KeywordError"}
     assert {first["padding on the left"][0], second["padding on the left"][0]} == {"UnsupportedError"}
+    assert first["another batch"] == second["another batch"]
+    assert first["another batch"][0] == "AgreementError"
+    assert "batches of [2, 1] entries" in first["another batch"][1]
     assert {first["a whole mask"][0], second["a whole mask"][0]} == {"ShapeError"}
     assert (first["a keyword on one rank"][0], second["a keyword on one rank"][0]) == ("PeerError", "UnsupportedError")
     assert "attention sinks" in first["a keyword on one rank"][1]

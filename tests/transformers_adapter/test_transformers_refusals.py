@@ -169,7 +169,15 @@ def test_layers_that_mix_positions_otherwise_are_refused_on_a_ring_of_processes(
     module.config = type("Config", (), {"layer_types": ["linear_attention", "full_attention"]})
     attention = ringcore_transformers.register("ring_of_one", ring=OfOne())
     with pytest.raises(UnsupportedError, match="layers of kind linear_attention"):
-        attention(module, x, x, x, None)
+        attention(module, x, x, x, ModelMask(causal=True))
+
+
+def test_parts_whose_sequence_is_not_split_are_refused_on_a_ring_of_processes():
+    x = torch.ones(1, 2, 4, 8)
+    attention = ringcore_transformers.register("ring_of_one", ring=OfOne())
+    with pytest.raises(UnsupportedError, match="Identity asks for attention without the mask"):
+        attention(torch.nn.Identity(), x, x, x, None)
+    ringcore_transformers.register("ring_in_process", ring_size=2)(torch.nn.Identity(), x, x, x, None)
 
 
 class OfOne:
