@@ -49,7 +49,9 @@ def test_gradients_in_every_dtype(world, dtype):
     allowed = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
 
     def check(came, true):
-        torch.testing.assert_close(came.double(), true.double(), atol=allowed * float(true.detach().abs().max()), rtol=0)
+        torch.testing.assert_close(
+            came.double(), true.double(), atol=allowed * float(true.detach().abs().max()), rtol=0
+        )
 
     check(out, due[0])
     check(lse, due[1])
