@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from models import draw_ids
+from models import build, draw_ids, run
 from torch.nn.functional import cross_entropy
 
 import ringcore
+import ringcore_transformers
 from ringcore import KeywordError, LayoutError, ShapeError, UnsupportedError
 from ringcore_transformers import loss, split_batch, sum_gradients
 
@@ -97,3 +98,14 @@ def test_nothing_to_predict_gives_nan_as_in_torch():
     logits, labels = torch.randn(1, 3, 61), torch.full((1, 3), -100)
     assert loss(logits, labels).isnan()
     assert cross_entropy(logits[0], labels[0]).isnan()
+
+
+def test_a_layout_of_your_own():
+    layout = ringcore.Layout(((range(9, 13), range(0, 2)), (range(2, 9),)))
+    ids = draw_ids()
+    parts = split_all({"input_ids": ids, "labels": ids}, layout, 2)
+    assert parts[0]["position_ids"][1].tolist() == [9, 10, 11, 12, 0, 1]
+    assert torch.equal(parts[0]["shift_labels"][:, [0, 1, 2, 4, 5]], ids[:, [10, 11, 12, 1, 2]])
+    ringcore_transformers.register("ring_in_process", ring_size=2, layout=layout)
+    came, due = (run(build("llama"), attention, input_ids=ids)[0] for attention in ("ring_in_process", "sdpa"))
+    torch.testing.assert_close(came, due)
