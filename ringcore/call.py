@@ -38,6 +38,7 @@ class Call:
     """The keywords of one call, as they came; see `ringcore.ring_attention` for what they mean.
 
     name: the function that was called. gradient: whether gradients are wanted, those that ``wrt`` names.
+    known: what was found out about arrays, by their signature; one that is made anew may be given an equal one's.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Call:
     kernels: Kernels | str | None
     gradient: bool = False
     wrt: Any = ()
-    _known: dict[Any, Known] = field(default_factory=dict, init=False, repr=False, compare=False)
+    known: dict[Any, Known] = field(default_factory=dict, repr=False, compare=False)
 
     def prepare(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
@@ -89,7 +90,7 @@ class Call:
         signature: tuple[Any, ...] | None = None
         try:
             signature = tuple(map(_signature, arrays))
-            known = self._known.get(signature)
+            known = self.known.get(signature)
         except (AttributeError, TypeError):  # no arrays at all, perhaps: the checks say so
             known = None
         if known is not None:
@@ -98,9 +99,9 @@ class Call:
         local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size)) if self.ring is None else None
         known = Known(arguments.without_arrays(), kernels, local)
         if signature is not None and not getattr(kernels, "capturing", bool)():
-            if len(self._known) >= _KEPT:
-                self._known.clear()
-            self._known[signature] = known
+            if len(self.known) >= _KEPT:
+                self.known.clear()
+            self.known[signature] = known
         return known
 
     def choose(

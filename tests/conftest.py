@@ -1,27 +1,45 @@
-"""Tests under mpiexec: every rank runs the same tests in the same order, and none of them may hang."""
+"""Tests under mpiexec or torchrun: every rank runs the same tests in the same order, and none of them may hang."""
 
 import faulthandler
 import os
 
 import pytest
 
-DEADLINE = 60  # seconds for one test under mpiexec; a rank that hangs longer ends the whole run
-LAUNCHED = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"))
+DEADLINE = 60  # seconds for one test of several ranks; a rank that hangs longer ends the whole run
+UNDER_MPIEXEC = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"))
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+LAUNCHED = UNDER_MPIEXEC or UNDER_TORCHRUN
 ERRORS = pytest.StashKey()
+
+
+def world():
+    """(rank, size) of this process."""
+    if UNDER_TORCHRUN:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+
+
+def end_every_rank():
+    """The others may be waiting for this rank: there is no going on."""
+    if UNDER_TORCHRUN:
+        os._exit(1)  # torchrun ends the others
+    from mpi4py import MPI
+
+    MPI.COMM_WORLD.Abort(1)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     if not LAUNCHED:
         return
-    from mpi4py import MPI
-
     os.environ.setdefault("RINGCORE_TIMEOUT", "30")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         config.stash[ERRORS] = os.fdopen(os.dup(2), "w")
     reporter = config.pluginmanager.getplugin("terminalreporter")
-    if MPI.COMM_WORLD.rank > 0 and reporter is not None:
+    if world()[0] > 0 and reporter is not None:
         reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115  # for the whole run; rank 0 speaks for all
 
 
@@ -40,11 +58,8 @@ def pytest_runtest_protocol(item):
 def pytest_runtest_makereport(item):
     report = yield
     if LAUNCHED and report.failed:
-        from mpi4py import MPI
-
-        # The others may be waiting for this rank: there is no going on.
-        world = MPI.COMM_WORLD
-        item.config.stash[ERRORS].write(f"\nrank {world.rank} of {world.size}: {item.nodeid}\n{report.longreprtext}\n")
+        rank, size = world()
+        item.config.stash[ERRORS].write(f"\nrank {rank} of {size}: {item.nodeid}\n{report.longreprtext}\n")
         item.config.stash[ERRORS].flush()
-        world.Abort(1)
+        end_every_rank()
     return report

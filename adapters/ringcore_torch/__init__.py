@@ -3,8 +3,19 @@
 from ringcore_torch.aten_cuda import Cudnn, Flash2
 from ringcore_torch.flash_cpu import FlashCpu
 from ringcore_torch.operator import attend
+from ringcore_torch.transport import TorchTransport, adapt
 
-__all__ = ["Cudnn", "Flash2", "FlashCpu", "attend", "load_cpu", "load_cudnn", "load_flash2"]
+__all__ = [
+    "Cudnn",
+    "Flash2",
+    "FlashCpu",
+    "TorchTransport",
+    "adapt",
+    "attend",
+    "load_cpu",
+    "load_cudnn",
+    "load_flash2",
+]
 
 
 def load_cpu(sharers: int = 1) -> FlashCpu:

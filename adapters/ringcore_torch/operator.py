@@ -31,12 +31,14 @@ def attend(
         return NotImplemented
     if not torch.compiler.is_compiling():
         _refuse_transforms(given)
+    inputs = zip(_INPUTS, (q, k, v, bias), strict=True)
+    wrt = [name for name, x in inputs if x is not None and x.requires_grad and torch.is_grad_enabled()]
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    text = text_of(**keywords)
-    if _plain(given):
+    text = text_of(**keywords, wrt=wrt)
+    if not wrt and _plain(given):
         out, result = _run(q, k, v, bias, mask, text)
         return (out, finished_lse(result.maximum, result.total, -torch.inf)) if return_lse else out
     out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text)
@@ -44,11 +46,9 @@ def attend(
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether nobody is to see the operator: no autograd, no compiler, no mode that watches operators."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not recorded and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    """Whether nobody but autograd would see the operator: no compiler, no mode that watches operators."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return not watched and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, text: str) -> tuple[Tensor, Result]:
@@ -86,7 +86,7 @@ def _attend_backward(
     mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
     names = tuple(wrt.split())
-    call = call_of("ring_attention", keywords, wrt=names)
+    call = call_of("the gradient of ring_attention", keywords, wrt=names)
     if dout is None:
         dout = torch.zeros_like(out)
     dout, dlse, out, maximum, total = _detached(dout, dlse, out, maximum, total)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -124,44 +127,45 @@ BACKENDS = {cls.name: cls for cls in (Backend, NumpyReference, Strict, Torch, To
 class LocalRing:
     """Rings in one process."""
 
-    name = "local"
-    largest = 8
-
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+
+    @staticmethod
+    def largest() -> int:
+        """The size of the largest ring."""
+        return 8
 
     def __call__(self, arrays, keywords, layout, size, axes, wrt=None):
         """out, lse and gradients as NumPy [B, H, S, ...], or None on a process outside the ring."""
         return _call(self.backend, arrays, keywords, axes, wrt, ring_size=size, layout=layout)
 
 
-class MpiRing:
-    """Rings of MPI processes, among the first ``size`` ranks of the world."""
+@dataclass(frozen=True)
+class Group:
+    """Some ranks of the world, and the ring that they make: ``allgather`` gives every member's object."""
 
-    name = "mpi"
+    rank: int
+    ring: Any
+    allgather: Callable[[Any], list[Any]]
 
-    def __init__(self, backend: Backend, node_size: int | None = None) -> None:
-        from mpi4py import MPI
 
-        self.backend, self.world, self.undefined = backend, MPI.COMM_WORLD, MPI.UNDEFINED
-        self.largest, self.node_size = self.world.size, node_size
-        self.rings: dict[int, Any] = {}
+class ProcessRing:
+    """Rings of processes, among ``size`` ranks of the world; one world lasts for the whole session."""
 
-    def _ring(self, size: int) -> Any:
-        if size not in self.rings:
-            from ringcore_mpi import MpiTransport
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.groups: dict[int, Group | None] = {}
 
-            # Reversed, so that ranks of the ring are not ranks of the world.
-            inside = self.world.rank < size
-            group = self.world.Split(0 if inside else self.undefined, -self.world.rank)
-            node = None if self.node_size is None or not inside else group.rank // self.node_size
-            self.rings[size] = (group, (group if node is None else MpiTransport(group, node=node)) if inside else None)
-        return self.rings[size]
+    def group(self, size: int) -> Group | None:
+        """The ring of so many ranks, which are not the same as in the world; None on all others. Collective."""
+        raise NotImplementedError
 
     def __call__(self, arrays, keywords, layout, size, axes, wrt=None):
         """As LocalRing; every rank of the ring gets the whole results."""
-        group, ring = self._ring(size)
-        if ring is None:
+        if size not in self.groups:
+            self.groups[size] = self.group(size)
+        group = self.groups[size]
+        if group is None:
             return None
         lengths = arrays["q"].shape[2], arrays["k"].shape[2]
         layouts = [ringcore.resolve_layout(layout, length, size) for length in lengths]
@@ -171,7 +175,7 @@ class MpiRing:
             term = local.get(name)
             if term is not None and term.ndim >= 2 and term.shape[-2] not in (1,):
                 local[name] = ringcore.shard(term, layouts[0], group.rank, size, axis=term.ndim - 2)
-        result = _call(self.backend, mine, local, axes, wrt, ring=ring, layout=layout)
+        result = _call(self.backend, mine, local, axes, wrt, ring=group.ring, layout=layout)
         return self._joined(result, group, layouts, keywords)
 
     def _joined(self, result, group, layouts, keywords):
@@ -188,6 +192,63 @@ class MpiRing:
             else:
                 joined[name] = whole(x, name != "q")
         return whole(out, 0), whole(lse, 0), joined
+
+
+class MpiRing(ProcessRing):
+    """MPI processes; ``node_size`` ranks at a time count as one machine."""
+
+    node_size: int | None = None
+
+    @staticmethod
+    def largest() -> int:
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD.size
+
+    def group(self, size: int) -> Group | None:
+        from mpi4py import MPI
+
+        from ringcore_mpi import MpiTransport
+
+        world = MPI.COMM_WORLD
+        comm = world.Split(0 if world.rank < size else MPI.UNDEFINED, -world.rank)
+        if comm == MPI.COMM_NULL:
+            return None
+        ring = comm if self.node_size is None else MpiTransport(comm, node=comm.rank // self.node_size)
+        return Group(comm.rank, ring, comm.allgather)
+
+
+class MpiNodesRing(MpiRing):
+    """MPI processes as if on several machines."""
+
+    node_size = 2
+
+
+class GlooRing(ProcessRing):
+    """Processes under torchrun, over gloo."""
+
+    @staticmethod
+    def largest() -> int:
+        return int(os.environ["WORLD_SIZE"])
+
+    def group(self, size: int) -> Group | None:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        group = dist.new_group(range(size - 1, -1, -1), sort_ranks=False)
+        if dist.get_rank() >= size:
+            return None
+
+        def allgather(x: Any) -> list[Any]:
+            found = [None] * size
+            dist.all_gather_object(found, x, group=group)
+            return found
+
+        return Group(dist.get_rank(group), group, allgather)
+
+
+RINGS = {"local": LocalRing, "mpi": MpiRing, "mpi-nodes": MpiNodesRing, "gloo": GlooRing}
 
 
 def _call(backend, arrays, keywords, axes, wrt, **where):

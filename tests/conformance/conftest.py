@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from backends import BACKENDS, LocalRing, MpiRing
+from backends import BACKENDS, RINGS
 from cases import RING_SIZES, every_case, few_cases, fused_cases, half_cases, pairwise_cases
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("conformance")
     group.addoption("--backend", default="numpy", choices=sorted(BACKENDS), help="the array library to test")
-    group.addoption("--ring", default="local", choices=("local", "mpi", "mpi-nodes"), help="mpi: under mpiexec")
+    group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi: mpiexec; gloo: torchrun")
     group.addoption("--cases", default="pairwise", choices=("few", "pairwise", "all"), help="how much of the table")
     group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
 
@@ -22,21 +22,14 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def attend(request, backend):
-    ring = request.config.getoption("--ring")
-    if ring == "local":
-        return LocalRing(backend)
-    return MpiRing(backend, node_size=2 if ring == "mpi-nodes" else None)
+    return RINGS[request.config.getoption("--ring")](backend)
 
 
 def pytest_generate_tests(metafunc):
     if "case" not in metafunc.fixturenames:
         return
-    sizes = RING_SIZES
-    if metafunc.config.getoption("--ring") != "local":
-        from mpi4py import MPI
-
-        sizes = tuple(range(1, MPI.COMM_WORLD.size + 1))
-    sizes = tuple(size for size in sizes if size <= metafunc.config.getoption("--largest-ring"))
+    largest = min(RINGS[metafunc.config.getoption("--ring")].largest(), metafunc.config.getoption("--largest-ring"))
+    sizes = tuple(range(1, largest + 1))
     choose = {
         "all": lambda: [case for case in every_case() if case.size in sizes],
         "pairwise": lambda: pairwise_cases(sizes),

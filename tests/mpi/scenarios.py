@@ -6,7 +6,9 @@ import sys
 import time
 
 import numpy as np
+import scenes
 from mpi4py import MPI
+from scenes import say
 
 import ringcore
 from ringcore_mpi import MpiTransport, adapt
@@ -15,42 +17,18 @@ COMM = MPI.COMM_WORLD
 RANK = COMM.rank
 
 
-def say(*words):
-    """One write, so that the lines of different ranks do not mix."""
-    os.write(1, (" ".join(map(str, words)) + "\n").encode())
-
-
 def arrays(length=64, heads=2, width=8):
     return [np.random.default_rng(RANK).standard_normal((1, heads, length, width)) for _ in range(3)]
 
 
 def attempt(call):
-    """Run it, and say how it ended."""
-    try:
-        call()
-    except (ringcore.RingcoreError, ArithmeticError) as error:
-        say(f"rank {RANK}: {type(error).__name__}: {error}")
-    else:
-        say(f"rank {RANK}: fine")
+    scenes.attempt(RANK, call)
 
 
-class Failing:
-    """Kernels that fail on one rank, at a later tile."""
+def failing_on(rank):
+    from ringcore_numpy import NumpyKernels
 
-    def __init__(self, rank):
-        from ringcore_numpy import NumpyKernels
-
-        self.kernels, self.rank, self.calls = NumpyKernels(), rank, 0
-        self.capabilities = self.kernels.capabilities
-
-    def forward(self, *arrays, **keywords):
-        self.calls += 1
-        if self.rank == RANK and self.calls == 2:
-            raise ZeroDivisionError("a kernel failed")
-        return self.kernels.forward(*arrays, **keywords)
-
-    def backward(self, *arrays, **keywords):
-        return self.kernels.backward(*arrays, **keywords)
+    return scenes.Failing(NumpyKernels(), rank == RANK)
 
 
 def fine():
@@ -64,7 +42,7 @@ def alone():
 
 def kernel_fails(**keywords):
     ring = MpiTransport(COMM, **keywords)
-    attempt(lambda: ringcore.ring_attention(*arrays(), ring=ring, kernels=Failing(1)))
+    attempt(lambda: ringcore.ring_attention(*arrays(), ring=ring, kernels=failing_on(1)))
     attempt(lambda: ringcore.ring_attention(*arrays(), ring=ring))
 
 
@@ -74,16 +52,16 @@ def kernel_fails_with_messages():
 
 def kernel_fails_with_large_messages():
     ring = MpiTransport(COMM, shared=False, progress=True)
-    attempt(lambda: ringcore.ring_attention(*arrays(length=512, width=128), ring=ring, kernels=Failing(1)))
+    attempt(lambda: ringcore.ring_attention(*arrays(length=512, width=128), ring=ring, kernels=failing_on(1)))
     attempt(lambda: ringcore.ring_attention(*arrays(length=512, width=128), ring=ring))
 
 
 def nobody_catches():
-    ringcore.ring_attention(*arrays(), ring=COMM, kernels=Failing(1))
+    ringcore.ring_attention(*arrays(), ring=COMM, kernels=failing_on(1))
 
 
 def recovers():
-    attempt(lambda: ringcore.ring_attention(*arrays(), ring=COMM, kernels=Failing(1)))
+    attempt(lambda: ringcore.ring_attention(*arrays(), ring=COMM, kernels=failing_on(1)))
     attempt(lambda: ringcore.ring_attention(*arrays(), ring=COMM.Dup()))
 
 

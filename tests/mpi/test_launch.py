@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
 
 HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ def environment(**further):
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
-    return {**os.environ, **oversubscribed, "OMP_NUM_THREADS": "1", "RINGCORE_TIMEOUT": "20", **further}
+    return launching.environment(**oversubscribed, **further)
 
 
 def command(ranks, *words):
@@ -45,12 +46,7 @@ def command(ranks, *words):
 
 def launch(ranks, name, timeout=40, **further):
     """(exit status, {rank: its lines}, all that came out)."""
-    due = command(ranks, str(HERE / "scenarios.py"), name)
-    done = subprocess.run(due, env=environment(**further), timeout=timeout, capture_output=True, text=True)
-    lines = {}
-    for rank, line in re.findall(r"^rank (\d+): (.*)$", done.stdout, re.MULTILINE):
-        lines.setdefault(int(rank), []).append(line)
-    return done.returncode, lines, done.stdout + done.stderr
+    return launching.run(command(ranks, str(HERE / "scenarios.py"), name), environment(**further), timeout)
 
 
 @pytest.fixture
@@ -59,8 +55,7 @@ def nothing_left():
 
     def state():
         held = set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-        return held, {line for line in listed.splitlines() if "scenarios.py" in line}
+        return held, launching.processes("mpi/scenarios.py")
 
     before = state()
     yield

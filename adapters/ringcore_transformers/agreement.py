@@ -1,0 +1,137 @@
+"""What the ranks settle once in a forward pass: that position ids fit the layout, and where padding begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ringcore import (
+    AgreementError,
+    KeywordError,
+    Layout,
+    PeerError,
+    ShapeError,
+    UnsupportedError,
+    find_transport,
+    layout_of_lengths,
+)
+from ringcore_transformers.model_mask import ModelMask
+
+HELPER = "Pass the batch that ringcore_transformers.split_batch gives this rank."
+
+
+def settle(
+    ring: Any, layout: str | Layout, mask: ModelMask, query: torch.Tensor, position_ids: torch.Tensor | None,
+    check: Callable[[], None],
+) -> tuple[int, ...] | None:  # fmt: skip
+    """The keys of each batch entry, padding left out; None where there is no padding.
+
+    The first layer of a forward pass asks the other ranks, and all ranks raise if ``check`` or anything else fails on
+    one of them. Later layers find the answer in ``mask`` and only check themselves.
+    """
+    rows = query.shape[2]
+    if getattr(mask, "settled", None):
+        check()
+        return mask.settled[0]
+
+    def describe() -> dict[str, Any]:
+        check()
+        return {"entries": query.shape[0], "rows": rows, "tokens": _count_tokens(mask.padding, rows)}
+
+    notes = _together(ring, describe)
+    rank = 0 if ring is None else find_transport(ring).rank
+    # Without a ring of processes the whole sequence is here, in order, however it is dealt out.
+    dealt = layout_of_lengths("contiguous" if ring is None else layout, [note["rows"] for note in notes], "the batch")
+    key_lengths = _add_tokens(notes)
+
+    def compare() -> dict[str, Any]:
+        due = torch.cat([torch.arange(r.start, r.stop, r.step) for r in dealt.shards[rank]] or [torch.arange(0)])
+        _check_positions(position_ids, due.to(query.device), mask.packed, f"rank {rank} of {dealt.size}")
+        if key_lengths is not None:
+            _check_padding(mask.padding, due.to(query.device), key_lengths)
+        return {}
+
+    _together(ring, compare)
+    mask.settled.append(key_lengths)
+    return key_lengths
+
+
+def _together(ring: Any, describe: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every rank's note; where one rank fails, all raise: itself its error, the others PeerError."""
+    if ring is None:
+        return [describe()]
+    transport = find_transport(ring)
+    failure: Exception | None = None
+    try:
+        note = describe()
+    except Exception as error:  # whatever is wrong here, the peers must hear of it before this rank leaves
+        failure, note = error, {"error": f"{type(error).__name__}: {error}"}
+    notes = [json.loads(answer) for answer in transport.gather(json.dumps(note).encode())]
+    if failure is not None:
+        raise failure
+    for rank, other in enumerate(notes):
+        if "error" in other:
+            raise PeerError(f"rank {rank} refused the call, so rank {transport.rank} did too: {other['error']}")
+    return notes
+
+
+def _count_tokens(padding: torch.Tensor | None, rows: int) -> list[int] | None:
+    """How many tokens of each batch entry are here; None if all are."""
+    if padding is None:
+        return None
+    if padding.ndim != 2 or padding.shape[1] != rows:
+        raise ShapeError(f"attention_mask has shape {tuple(padding.shape)}, but this rank has {rows} tokens. {HELPER}")
+    counts: list[int] = padding.sum(1).tolist()
+    return None if min(counts, default=rows) == rows else counts
+
+
+def _add_tokens(notes: list[dict[str, Any]]) -> tuple[int, ...] | None:
+    entries = [note["entries"] for note in notes]
+    if min(entries) != max(entries):
+        raise AgreementError(f"the ranks have batches of {entries} entries; all must have parts of one batch. {HELPER}")
+    if all(note["tokens"] is None for note in notes):
+        return None
+    counts = [note["tokens"] or [note["rows"]] * note["entries"] for note in notes]
+    return tuple(map(sum, zip(*counts, strict=True)))
+
+
+def _check_positions(position_ids: torch.Tensor | None, due: torch.Tensor, packed: bool, who: str) -> None:
+    if position_ids is None:
+        if packed:
+            raise UnsupportedError(
+                "the position ids jump, but this model does not show them to its attention: they may be those of a "
+                "layout or of packed documents, which ring attention under transformers lacks. Use layout='contiguous'."
+            )
+        return
+    if position_ids.ndim != 2 or position_ids.shape[1] != due.shape[0]:
+        raise ShapeError(
+            f"position_ids has shape {tuple(position_ids.shape)} on {who}, which has {due.shape[0]} tokens; ring "
+            f"attention takes one position for each token: [B, {due.shape[0]}] or [1, {due.shape[0]}]. {HELPER}"
+        )
+    wrong = position_ids != due
+    if not wrong.any():
+        return
+    entry, token = wrong.nonzero()[0].tolist()
+    restart = bool((position_ids[entry].diff() < 0).any())
+    raise (UnsupportedError if restart else KeywordError)(
+        f"position_ids[{entry}, {token}] is {int(position_ids[entry, token])} on {who}, but the layout gives that "
+        f"token position {int(due[token])}. "
+        + ("Positions that start anew mean packed documents, which ring attention lacks. " if restart else "")
+        + HELPER
+    )
+
+
+def _check_padding(padding: torch.Tensor | None, due: torch.Tensor, key_lengths: tuple[int, ...]) -> None:
+    """That the tokens of each batch entry are its first positions, padding the rest."""
+    token = due < torch.tensor(key_lengths, device=due.device)[:, None]
+    wrong = ~token if padding is None else token != padding.to(torch.bool)
+    if wrong.any():
+        entry, row = wrong.nonzero()[0].tolist()
+        raise UnsupportedError(
+            f"attention_mask has {key_lengths[entry]} tokens in batch entry {entry}, but says "
+            f"{'padding' if token[entry, row] else 'token'} at position {int(due[row])}: ring attention takes padding "
+            "on the right alone. Set the tokenizer's padding_side to 'right'."
+        )

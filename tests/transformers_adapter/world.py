@@ -1,0 +1,134 @@
+"""One rank of a scenario: python world.py SCENARIO FOLDER, with RANK and WORLD_SIZE in the environment."""
+
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+from models import CONFIGS, build, draw_ids
+from training import STEPS, batches, start, step
+
+import ringcore
+import ringcore_transformers
+from ringcore_transformers import loss, split_batch, sum_gradients
+
+PADDED = [(13, 6, 1), (13, 8, 12)]  # the tokens of each batch entry
+LAYOUTS = ["contiguous", "zigzag", "striped"]
+
+
+def models(group, rank, size):
+    """Every model with every layout: this rank's logits or states, and the sum of gradients."""
+    found = {}
+    for layout in LAYOUTS:
+        ringcore_transformers.register("ring", ring=group, layout=layout)
+        for name in CONFIGS:
+            model = build(name)
+            model.set_attn_implementation("ring")
+            part = split_batch({"input_ids": draw_ids()}, layout, rank, size)
+            result = model(**part)
+            out = result.logits if hasattr(result, "logits") else result.last_hidden_state
+            weights = torch.randn((2, 13, out.shape[2]), generator=torch.Generator().manual_seed(6), dtype=out.dtype)
+            (out * ringcore.shard(weights, layout, rank, size, axis=1)).sum().backward()
+            sum_gradients(model.parameters(), group)
+            gradients = {n: x.grad for n, x in model.named_parameters()}
+            found[layout, name] = out.detach(), gradients
+    return found
+
+
+def padding(group, rank, size):
+    """Padding on the right, with a rank that has none of it, and one that has nothing else."""
+    found = {}
+    for layout, lengths in product(LAYOUTS, PADDED):
+        mask = (torch.arange(13) < torch.tensor(lengths)[:, None]).long()
+        ringcore_transformers.register("ring", ring=group, layout=layout)
+        for name in ("llama", "bert"):
+            model = build(name)
+            model.set_attn_implementation("ring")
+            result = model(**split_batch({"input_ids": draw_ids(3), "attention_mask": mask}, layout, rank, size))
+            out = result.logits if hasattr(result, "logits") else result.last_hidden_state
+            found[layout, lengths, name] = out.detach()
+    return found
+
+
+def training(group, rank, size):
+    """Ten steps; the loss and the gradients of each."""
+    found = {}
+    for layout in ("contiguous", "zigzag"):
+        ringcore_transformers.register("ring", ring=group, layout=layout)
+        model, optimizer = start("ring")
+        found[layout] = [step(model, optimizer, split_batch(batch, layout, rank, size), group) for batch in batches()]
+        assert len(found[layout]) == STEPS
+    return found
+
+
+def averages(group, rank, size):
+    """The loss, and gradients under what is not the helper."""
+    ids = draw_ids()
+    logits = torch.randn(2, 13, 61, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.where(torch.arange(13) < 9, ids, -100)  # the last rank predicts little
+    part = split_batch({"labels": labels, "inputs_embeds": logits}, "contiguous", rank, size)
+    mine = part["inputs_embeds"].requires_grad_()
+    value = loss(mine, part["shift_labels"], group)
+    value.backward()
+    idle = torch.nn.Parameter(torch.ones(3))
+    if rank:
+        idle.grad = torch.full((3,), 2.0)
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    sum_gradients([idle, frozen], group)
+    return {"value": value.detach(), "gradient": mine.grad, "idle": idle.grad, "frozen": frozen.grad}
+
+
+def refusals(group, rank, size):
+    """What goes wrong on one rank is an error on both, and the ring can be used again."""
+    ringcore_transformers.register("ring", ring=group)
+    model, found = build("llama"), {}
+    model.set_attn_implementation("ring")
+    good = split_batch({"input_ids": draw_ids()}, "contiguous", rank, size)
+    ids = good["input_ids"]
+    mask = torch.ones(2, 13).long()
+    holes = mask.clone()
+    holes[1, 2] = 0
+    other = split_batch({"input_ids": draw_ids()}, "zigzag", rank, size)
+    cases = {
+        "position ids left out": {"input_ids": ids},
+        "position ids of another layout": other,
+        "padding on the left": split_batch(
+            {"input_ids": draw_ids(), "attention_mask": holes}, "contiguous", rank, size
+        ),
+        "a whole mask": {**good, "attention_mask": mask},
+        "another batch": {name: x[: 2 - rank] for name, x in good.items()},
+        "a keyword on one rank": {**good, "s_aux": torch.ones(4) if rank else None},
+    }
+    for name, batch in cases.items():
+        try:
+            model(**batch)
+            found[name] = "nothing", ""
+        except ringcore.RingcoreError as error:
+            found[name] = type(error).__name__, str(error)
+    found["again"] = model(**good).logits.detach()
+    found["mask on one rank alone"] = model(
+        **good, **({"attention_mask": torch.ones_like(ids)} if rank else {})
+    ).logits.detach()
+    return found
+
+
+def mesh(group, rank, size):
+    """A ring given as a device mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    line = init_device_mesh("cpu", (size,))
+    ringcore_transformers.register("ring", ring=line, layout="zigzag")
+    model, optimizer = start("ring")
+    return step(model, optimizer, split_batch(next(iter(batches())), "zigzag", rank, size), line)
+
+
+if __name__ == "__main__":
+    scenario, folder = sys.argv[1], Path(sys.argv[2])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    torch.save(globals()[scenario](dist.group.WORLD, rank, size), folder / f"{rank}.pt")
+    dist.destroy_process_group()
