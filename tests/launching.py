@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 
 def environment(**further):
     """Variables for ranks that find `scenes`, have one thread each and do not wait for long."""
-    return {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "RINGCORE_TIMEOUT": "20", **further}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RINGCORE_TIMEOUT": "20", **further}
 
 
 def run(command, variables, timeout):

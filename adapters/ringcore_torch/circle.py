@@ -171,23 +171,26 @@ class Circle:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse a second thread while another one's call is under way."""
+        """One call of one thread; if it fails, every peer is told."""
         entered = self._lock.acquire(blocking=False)
         if entered and (self._open == 0 or self._owner == threading.get_ident()):
             self._owner = threading.get_ident()
             try:
                 yield
+            except BaseException as error:  # an interrupt, say: the peers wait for this rank
+                self.abort(error)
+                raise
             finally:
                 self._lock.release()
             return
         if entered:
             self._lock.release()
-        error = TransportError(
+        intrusion = TransportError(
             f"rank {self.rank} made a call while another of its threads was in one on the same ring. One call at a "
             "time per ring: give the second thread a process group of its own."
         )
-        self.abort(error)
-        raise error
+        self.abort(intrusion)
+        raise intrusion
 
 
 def _describe(error: BaseException) -> str:

@@ -20,7 +20,7 @@ class Mutant:
     name: the trap, in words; unique. file: where, from the root of the repository.
     source: the exact text to replace, which occurs there once. replacement: what takes its place.
     tests: what pytest is given; ``only``: its -k, "" for all of them. One of these tests must fail.
-    ranks: how many processes mpiexec starts; 0 is none.
+    ranks: how many processes the launcher starts, mpiexec or torchrun; 0 is none.
     error: what the test fails with; anything else is no kill, but a mutant or a test that does not work.
     hangs: whether ranks that wait for ever, or up to a deadline, are a kill too.
     """
@@ -32,5 +32,6 @@ class Mutant:
     tests: str
     only: str = ""
     ranks: int = 0
+    launcher: str = "mpiexec"
     error: str = "AssertionError"
     hangs: bool = False

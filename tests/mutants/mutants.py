@@ -11,6 +11,7 @@ Due with the features that they are bugs of: a sink counted at every hop; a docu
 
 from __future__ import annotations
 
+import mutants_gloo
 import mutants_layout
 import mutants_loop
 import mutants_mpi
@@ -24,4 +25,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *mutants_loop.MUTANTS,
     *mutants_numpy.MUTANTS,
     *mutants_mpi.MUTANTS,
+    *mutants_gloo.MUTANTS,
 )

@@ -83,13 +83,19 @@ def plant(mutant: Mutant, tree: Path) -> str:
     return ""
 
 
-def run(tree: Path, tests: str, only: str, ranks: int) -> Ran:
+def started(ranks: int, launcher: str) -> list[str]:
+    """How the Python of so many ranks is started."""
+    if ranks and launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    mpiexec = [shutil.which("mpiexec", path=path) or "mpiexec", "-n", str(ranks)] if ranks else []
+    return [*mpiexec, sys.executable]
+
+
+def run(tree: Path, tests: str, only: str, ranks: int, launcher: str) -> Ran:
     """Run pytest on the tree's own code, until its first failure."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "witness", *shlex.split(tests)]
+    command = [*started(ranks, launcher), "-m", "pytest", "-q", "-x", "-p", "witness", *shlex.split(tests)]
     command += ["-k", only] if only else []
-    if ranks:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        command = [shutil.which("mpiexec", path=path) or "mpiexec", "-n", str(ranks), *command]
     written, start = tree / "witness.jsonl", time.monotonic()
     environment = {
         **os.environ,
@@ -121,7 +127,7 @@ def run(tree: Path, tests: str, only: str, ranks: int) -> Ran:
 
 def stop(process: subprocess.Popen[str]) -> str:
     """End the process and all that it started; what it said."""
-    os.killpg(process.pid, signal.SIGTERM)  # mpiexec ends its ranks
+    os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks
     try:
         output, _ = process.communicate(timeout=5)
     except subprocess.TimeoutExpired:
@@ -168,21 +174,23 @@ def put_to_the_test(mutant: Mutant) -> Verdict:
         wrong = plant(mutant, tree)
         if wrong:
             return Verdict(False, wrong)
-        return judge(mutant, run(tree, mutant.tests, mutant.only, mutant.ranks))
+        return judge(mutant, run(tree, mutant.tests, mutant.only, mutant.ranks, mutant.launcher))
 
 
 def sound(mutants: Sequence[Mutant], workers: ThreadPoolExecutor) -> bool:
     """Whether all the named tests pass on the tree as it is; says which do not."""
     with tempfile.TemporaryDirectory(prefix="ringcore-mutant-", ignore_cleanup_errors=True) as folder:
         runs = []
-        ordered = sorted(mutants, key=lambda m: (m.tests, m.ranks))
-        for (tests, ranks), group in groupby(ordered, key=lambda m: (m.tests, m.ranks)):
+        ordered = sorted(mutants, key=lambda m: (m.tests, m.ranks, m.launcher))
+        for (tests, ranks, launcher), group in groupby(ordered, key=lambda m: (m.tests, m.ranks, m.launcher)):
             chosen = {mutant.only for mutant in group}
             only = "" if "" in chosen else " or ".join(f"({each})" for each in sorted(chosen))
             tree = Path(folder).resolve() / str(len(runs))
             tree.mkdir()
             copy_tree(tree)
-            runs.append((f"{tests} -k '{only}' on {ranks} ranks", workers.submit(run, tree, tests, only, ranks)))
+            runs.append(
+                (f"{tests} -k '{only}' on {ranks} ranks", workers.submit(run, tree, tests, only, ranks, launcher))
+            )
         fine = True
         for words, future in runs:
             ran = future.result()

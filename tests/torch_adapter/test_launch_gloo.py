@@ -80,6 +80,16 @@ def test_without_an_initialised_world_there_is_no_ring():
     assert all(line.startswith("TransportError: torch.distributed is not initialised") for line in lines[0])
 
 
+def test_the_example_of_the_documentation_is_right():
+    example = Path(__file__).parents[2] / "docs" / "examples" / "torchrun_gloo.py"
+    status, _, output = launching.run([*TORCHRUN, "2", str(example)], launching.environment(), LIMIT)
+    assert status == 0, output
+    (line,) = [line for line in output.splitlines() if line.startswith("2 ranks over gloo")]
+    differences = [float(number) for number in re.findall(r" d?[a-z]+ (\d\.\de-\d\d)", line)]
+    assert len(differences) == 4
+    assert max(differences) < 1e-5, line
+
+
 @pytest.mark.parametrize("way", ["kernel_fails", "kernel_fails_with_large_messages", "kernel_fails_in_backward"])
 def test_a_kernel_that_fails_on_one_rank_ends_the_call_on_all(way):
     status, lines, output = launch(3, way)

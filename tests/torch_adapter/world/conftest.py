@@ -1,13 +1,18 @@
 """The groups of ranks that tests ask for: ``torchrun --nproc-per-node 4 -m pytest tests/torch_adapter/world``."""
 
+import os
+
 import pytest
 import torch.distributed as dist
 
 
 @pytest.fixture(scope="session", autouse=True)
 def world():
-    """One world for the whole session."""
-    dist.init_process_group("gloo")
+    """One world for the whole session; without torchrun it has one rank, as MPI's has without mpiexec."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
 
