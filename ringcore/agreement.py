@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ringcore.arguments import Arguments
 from ringcore.errors import AgreementError, PeerError
 from ringcore.layout import Layout
+from ringcore.partial import device_kind
 from ringcore.protocols import Transport
 
 Checked = TypeVar("Checked")
@@ -71,6 +72,7 @@ def note_of(call: str, arguments: Arguments, **further: Any) -> Note:
         "width of q and k": q.shape[3],
         "width of v": v.shape[3],
         "dtype": arguments.dtype,
+        "kind of device": device_kind(q),
         "causal": arguments.causal,
         "window": arguments.window,
         "scale": arguments.score.scale,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import array_api_compat
 
-from ringcore.agreement import Note, agree, note_of
+from ringcore.agreement import Agreed, Note, agree, note_of
 from ringcore.arguments import (
     Arguments,
     check_arguments,
@@ -19,7 +19,7 @@ from ringcore.arguments import (
     within_range,
 )
 from ringcore.discovery import choose_kernels, find_arithmetic, find_transport, library
-from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
+from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, TransportError
 from ringcore.layout import Layout
 from ringcore.partial import Partial, dtype_name
 from ringcore.protocols import Kernels
@@ -72,7 +72,7 @@ class Call:
             return Prepared(arguments, known.local or LocalSession(arguments, 1), known.kernels)
         transport = find_transport(self.ring)
 
-        def check() -> tuple[tuple[Arguments, Kernels], Note]:
+        def check() -> tuple[tuple[Arguments, Known], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
             known = self._about(q, k, v, bias, mask)
             arguments = known.arguments.about(q, k, v, bias, mask)
@@ -80,10 +80,20 @@ class Call:
             if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
             wanted = sorted(self.wrt) if self.gradient else None
-            return (arguments, known.kernels), note_of(self.name, arguments, wrt=wanted)
+            return (arguments, known), note_of(self.name, arguments, wrt=wanted)
 
-        (arguments, chosen), agreed = agree(transport, check)
-        return Prepared(arguments, ProcessSession(transport, arguments, agreed), chosen)
+        if getattr(transport, "capturing", bool)():
+            # What a graph replays is what the ranks agreed on before; nothing of the host is in it.
+            (arguments, known), _ = check()
+            if known.agreed is None:
+                raise TransportError(
+                    "a call on a ring was captured in a graph before it ever ran with arrays like these, so the ranks "
+                    "have not agreed on it. Run it once on every rank, then capture it."
+                )
+        else:
+            (arguments, known), agreed = agree(transport, check)
+            known.agreed = agreed
+        return Prepared(arguments, ProcessSession(transport, arguments, known.agreed), known.kernels)
 
     def _about(self, *arrays: Any) -> Known:
         """What holds for arrays of these types, shapes, dtypes and devices: found out once, if the call is kept."""
@@ -126,13 +136,17 @@ class Call:
         return arguments, chosen, passed
 
 
-@dataclass(frozen=True)
+@dataclass
 class Known:
-    """What a call found out about arrays of one signature; it holds none of them."""
+    """What a call found out about arrays of one signature; it holds none of them.
+
+    local: where it runs without a ring of processes. agreed: what the ranks of a ring last agreed on.
+    """
 
     arguments: Arguments
     kernels: Kernels
-    local: LocalSession | None
+    local: LocalSession | None = None
+    agreed: Agreed | None = None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat
-
 from ringcore import merge as _arithmetic
 from ringcore.errors import KeywordError, MissingDependency, RingcoreError, UnsupportedError
-from ringcore.partial import dtype_name
+from ringcore.partial import device_kind, dtype_name
 from ringcore.probation import fault
 from ringcore.protocols import Arithmetic, Kernels, Transport
 from ringcore.tile import ReferenceKernels
@@ -105,7 +103,7 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
     can = kernels.capabilities
     if can.libraries and library(q) not in can.libraries:
         return f"they take arrays of {', '.join(sorted(can.libraries))}, not of {library(q)}"
-    device = _device(q)
+    device = device_kind(q)
     if can.devices and device not in can.devices:
         return f"they compute on {', '.join(sorted(can.devices))}, not on {device}"
     if dtype_name(q) not in can.dtypes:
@@ -128,11 +126,7 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
 def _concerns(name: str, q: Array) -> bool:
     """Whether kernels of this name, "library" or "library.device" or "library.device.more", may take q."""
     module, _, place = name.partition(".")
-    return module == library(q) and (not place or place.partition(".")[0] == _device(q))
-
-
-def _device(q: Array) -> str:
-    return str(array_api_compat.device(q)).partition(":")[0].lower()
+    return module == library(q) and (not place or place.partition(".")[0] == device_kind(q))
 
 
 def _named(name: str, sharers: int) -> Kernels:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import array_api_compat
+
 from ringcore.errors import DtypeError, KeywordError, ShapeError
 from ringcore.values import Array, namespace
 
@@ -95,6 +97,11 @@ def accumulation_dtype(x: Array) -> Array:
 def dtype_name(x: Array) -> str:
     """The dtype of x as a bare name such as "float32", the same in every library."""
     return str(x.dtype).rpartition(".")[2]
+
+
+def device_kind(x: Array) -> str:
+    """The kind of device that x is on: "cpu", "cuda", or a library's own word."""
+    return str(array_api_compat.device(x)).partition(":")[0].lower()
 
 
 def known(condition: Array) -> bool:

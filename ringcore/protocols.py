@@ -140,15 +140,21 @@ class OneSided(Transport, Protocol):
         """Whether ``reader`` can fetch what ``owner`` publishes; equal on every rank."""
         ...
 
-    def publish(self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]]) -> bool:
-        """Make this rank's blocks readable; ``specs`` is what each rank publishes. Collective.
+    def publish(
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Sequence[Spec]] | None = None,
+    ) -> bool:
+        """Make this rank's blocks readable. Collective.
 
+        ``specs`` is what each rank publishes, ``carried`` what will come home to it, if anything.
         False, on every rank that could have shared, means that there is no room: use `exchange`.
         """
         ...
 
     def fetch(self, owner: int, rows: slice | None) -> Blocks:
-        """The blocks that ``owner`` published, in place; never written to."""
+        """The blocks that ``owner`` published; never written to, and there once the next exchange was waited for."""
         ...
 
     def retire(self) -> None:

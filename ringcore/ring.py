@@ -259,7 +259,7 @@ class BackwardWork:
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """The sums, in the order in which the block visited."""
         if rows is None:
-            return tuple(_sum(first, second) for first, second in zip(arrived, share, strict=True))
+            return tuple(_sum(mine, gained) for gained, mine in zip(arrived, share, strict=True))
         part = slice(None), slice(None), slice_of(rows), ...
         return tuple(add(whole, part, gained) for gained, whole in zip(arrived, share, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from ringcore.agreement import Agreed, Note, agree
@@ -15,7 +16,7 @@ from ringcore.partition import shard, unshard
 from ringcore.protocols import OneSided, Transport
 from ringcore.ring import Work, ring
 from ringcore.schedule import Visibility, ring_plans
-from ringcore.values import Array, Blocks, Plan, Spec, namespace
+from ringcore.values import Array, Blocks, Move, Plan, namespace
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class LocalSession:
         q_length, k_length = arguments.q.shape[2], arguments.k.shape[2]
         q_layout = resolve_layout(arguments.layout, q_length, size, "q")
         k_layout = resolve_layout(arguments.layout, k_length, size, "k")
-        self.deal = _deal(arguments, q_layout, k_layout)
+        plans = ring_plans(q_layout, k_layout, _visibility(arguments, k_length))
+        self.deal = Deal(q_layout, k_layout, plans)
         self._whole = q_layout.whole and k_layout.whole
 
     def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
@@ -85,9 +87,8 @@ class ProcessSession:
 
     def __init__(self, transport: Transport, arguments: Arguments, agreed: Agreed) -> None:
         self.transport, self.call = transport, agreed.call
-        q_layout = layout_of_lengths(arguments.layout, agreed.q_lengths, "q")
-        k_layout = layout_of_lengths(arguments.layout, agreed.k_lengths, "k")
-        self.deal = _deal(arguments, q_layout, k_layout)
+        visibility = _visibility(arguments, sum(agreed.k_lengths))
+        self.deal = _dealt(arguments.layout, agreed.q_lengths, agreed.k_lengths, visibility)
 
     def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
         """This rank's shard, which x already is."""
@@ -117,18 +118,16 @@ class ProcessSession:
         agree(self.transport, checked)
 
     def _published(self, transport: OneSided, work: Work) -> bool:
-        blocks = work.visiting()
-        specs = {
-            rank: tuple(Spec((*x.shape[:2], length, x.shape[3]), x, x.dtype) for x in blocks)
-            for rank, length in enumerate(self.deal.k_layout.lengths)
-        }
-        return transport.publish(blocks, specs)
+        owners = [Move(rank, rank) for rank in range(transport.size)]
+        specs, carried = (
+            {move.block: specs(move) for move in owners} for specs in (work.visiting_specs, work.carried_specs)
+        )
+        return transport.publish(work.visiting(), specs, carried if any(carried.values()) else None)
 
 
-def _deal(arguments: Arguments, q_layout: Layout, k_layout: Layout) -> Deal:
-    keys = k_layout.length
+def _visibility(arguments: Arguments, keys: int) -> Visibility:
     check_columns(arguments, keys)
-    visibility = Visibility(
+    return Visibility(
         causal=arguments.causal,
         window=arguments.window,
         offsets=arguments.offsets,
@@ -138,6 +137,14 @@ def _deal(arguments: Arguments, q_layout: Layout, k_layout: Layout) -> Deal:
         # A joined tile may hold several ranges of columns, which no slice of a bias or mask names.
         joined=arguments.bias is None and arguments.mask is None,
     )
+
+
+@lru_cache(maxsize=64)
+def _dealt(
+    layout: str | Layout, q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], visibility: Visibility
+) -> Deal:
+    """How shards of these lengths are dealt by the layout. Raises LayoutError if the lengths are not the layout's."""
+    q_layout, k_layout = layout_of_lengths(layout, q_lengths, "q"), layout_of_lengths(layout, k_lengths, "k")
     return Deal(q_layout, k_layout, ring_plans(q_layout, k_layout, visibility))
 
 

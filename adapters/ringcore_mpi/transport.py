@@ -112,8 +112,13 @@ class MpiTransport:
         """Whether ``reader`` can fetch what ``owner`` publishes; equal on every rank."""
         return self._sharing.reaches(reader, owner)
 
-    def publish(self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]]) -> bool:
-        """Make this rank's blocks readable on its node. Collective over the ring.
+    def publish(
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Sequence[Spec]] | None = None,
+    ) -> bool:
+        """Make this rank's blocks readable on its node. Collective over the ring. What is carried goes as messages.
 
         False, on every rank, if no node of the ring has shared memory or room in it. Where only some have, `reaches`
         tells which. Raises UnsupportedError for arrays other than NumPy's and Torch's in host memory.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ringcore import Blocks, Move, Pending, Spec
+import torch
+
+from ringcore import Blocks, Move, Pending, Spec, UnsupportedError
 from ringcore_torch.circle import Circle
 from ringcore_torch.groups import checked_group, next_name
 from ringcore_torch.messages import GlooMessages
+from ringcore_torch.peer_memory import PeerMemory
 
 _rings: WeakKeyDictionary[Any, TorchTransport] = WeakKeyDictionary()
 
@@ -30,7 +33,7 @@ class TorchTransport:
     """
 
     def __init__(self, group: Any, *, node: int | None = None, timeout: float | None = None) -> None:
-        group = checked_group(group)
+        self._group = group = checked_group(group)
         self._circle = Circle(group, next_name(group), timeout)
         self._messages = GlooMessages(self._circle)
         self.rank, self.size = self._circle.rank, self._circle.size
@@ -38,25 +41,75 @@ class TorchTransport:
         places = self._circle.gather(place.encode())
         self.node = places.index(place.encode())
         self.sharers = places.count(place.encode())
+        self._far = "they are on several machines" if self.sharers < self.size else _unreachable(self._circle)
+        self._peer_memory: PeerMemory | None = None
 
     @property
     def explain(self) -> str:
         """How blocks travel."""
-        return f"torch.distributed, rank {self.rank} of {self.size}; {self._messages.explain}"
+        carriers = f"{self._messages.explain}; blocks on GPUs: {self._far or PeerMemory.explain}"
+        return f"torch.distributed, rank {self.rank} of {self.size}; {carriers}"
 
     @property
     def messages_sent(self) -> int:
         """How many tensors of blocks have left this rank."""
-        return self._messages.messages_sent
+        return self._messages.messages_sent + (self._peer_memory.messages_sent if self._peer_memory else 0)
 
     @property
     def bytes_sent(self) -> int:
-        """How many bytes of blocks have left this rank."""
-        return self._messages.bytes_sent
+        """How many bytes of blocks have left this rank; those that others read from its memory are not counted."""
+        return self._messages.bytes_sent + (self._peer_memory.bytes_sent if self._peer_memory else 0)
 
     def check(self, *arrays: Any) -> None:
-        """Raise UnsupportedError unless all are tensors in host memory."""
-        self._messages.check(*arrays)
+        """Raise UnsupportedError unless all are tensors that can travel from where they are."""
+        if not all(isinstance(x, torch.Tensor) and x.is_cuda for x in arrays):
+            self._messages.check(*arrays)
+        elif self._far:
+            raise UnsupportedError(
+                f"the tensors are on {arrays[0].device}, but the ranks' GPUs cannot reach each other's memory "
+                f"({self._far}), and there are no other messages between GPUs yet. Use GPUs of one machine, or q.cpu()."
+            )
+        elif arrays[0].device.index != torch.cuda.current_device():
+            raise UnsupportedError(
+                f"the tensors are on {arrays[0].device}, but rank {self.rank} works on GPU "
+                f"{torch.cuda.current_device()}. Call torch.cuda.set_device({arrays[0].device.index}) first."
+            )
+
+    def capturing(self) -> bool:
+        """Whether the caller's work is recorded for a graph, not run."""
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    def reaches(self, reader: int, owner: int) -> bool:
+        """Whether ``reader`` can fetch what ``owner`` published."""
+        return reader != owner
+
+    def publish(
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Sequence[Spec]] | None = None,
+    ) -> bool:
+        """Make this rank's blocks on a GPU readable by all. False for blocks in host memory, which go as messages."""
+        if not blocks[0].is_cuda:
+            return False
+        if self._peer_memory is None:
+            self._peer_memory = PeerMemory(self._circle, self._group, blocks[0].device)
+        self._peer_memory.publish(blocks, specs, carried or {})
+        return True
+
+    def fetch(self, owner: int, rows: slice | None) -> Blocks:
+        """What ``owner`` published, there once the exchange that follows was waited for."""
+        return self._published.fetch(owner, rows)
+
+    def retire(self) -> None:
+        """No rank reads published blocks after this. Collective."""
+        self._published.retire()
+
+    @property
+    def _published(self) -> PeerMemory:
+        if self._peer_memory is None:
+            raise LookupError("nothing was published")
+        return self._peer_memory
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
@@ -69,11 +122,37 @@ class TorchTransport:
         receives: Sequence[tuple[Move, Sequence[Spec]]],
     ) -> Pending:
         """Start all sends and receives; blocks stay untouched until the answer's wait returns."""
+        like = [x for _, blocks in sends for x in blocks] + [spec.like for _, specs in receives for spec in specs]
+        if self._peer_memory is not None and all(x.is_cuda for x in like):
+            if kind == "visiting":
+                return self._peer_memory.arrival()
+            return self._peer_memory.exchange(sends, receives)
         return self._messages.exchange(kind, sends, receives)
 
     def abort(self, error: BaseException) -> None:
         """Tell every peer that this rank failed; the ring is of no use afterwards."""
         self._circle.abort(error)
+
+
+def _unreachable(circle: Circle) -> str:
+    """Why the GPUs of ranks on one machine cannot read each other's memory; empty if they can."""
+    if not torch.cuda.is_available():
+        mine = "there is none"
+    else:
+        here = torch.cuda.current_device()
+        mine = str(here) if hasattr(torch.distributed, "_symmetric_memory") else "this Torch has no symmetric memory"
+    all_of_them = [note.decode() for note in circle.gather(mine.encode())]
+    for rank, note in enumerate(all_of_them):
+        if not note.isdecimal():
+            return f"rank {rank}: {note}"
+    gpus = [int(note) for note in all_of_them]
+    if len(set(gpus)) < len(gpus):
+        return f"several ranks use one GPU: {gpus}"
+    for first in gpus:
+        for second in gpus:
+            if first != second and not torch.cuda.can_device_access_peer(first, second):
+                return f"GPU {first} has no access to GPU {second}"
+    return ""
 
 
 def adapt(ring: Any) -> TorchTransport:

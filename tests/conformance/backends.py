@@ -81,6 +81,11 @@ class TorchCuda(Torch):
     device = "cuda"
     fused = True
 
+    def __init__(self) -> None:
+        import torch
+
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's number of this process
+
 
 class Cupy(Backend):
     """CuPy."""

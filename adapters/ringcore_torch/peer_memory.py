@@ -1,0 +1,211 @@
+"""Blocks on GPUs of one machine, which read and write each other's memory by their copy engines.
+
+Everything is ordered on streams, nothing waits on the host: the work of a whole call can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed._symmetric_memory as symmetric_memory
+
+from ringcore import Blocks, Move, Spec, TransportError
+from ringcore_torch.circle import Circle
+
+# Signals of a pair of ranks, by what they say.
+_READY, _HOP, _HOME, _TAKEN = 0, 1, 2, 3  # and _TAKEN + 1: one for each of two slots
+_ALIGNED = 256  # bytes between the starts of tensors
+
+Tensor = torch.Tensor
+
+
+class Region:
+    """As much memory on every rank, in which every rank reads and writes."""
+
+    def __init__(self, group: Any, size: int, device: torch.device) -> None:
+        self.size = size
+        self.memory: Any = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+        self.handle: Any = symmetric_memory.rendezvous(self.memory, group)
+
+    def blocks(self, rank: int, specs: Sequence[Spec], start: int = 0) -> list[Tensor]:
+        """Tensors like ``specs`` in the memory of ``rank``, from the byte ``start`` on."""
+        found = []
+        for spec in specs:
+            size = spec.dtype.itemsize
+            found.append(self.handle.get_buffer(rank, spec.shape, spec.dtype, start // size))
+            start += _room([spec])
+        return found
+
+
+class PeerMemory:
+    """One rank's published blocks, and its accumulators on their way.
+
+    A rank copies its visiting block into memory that all can read; each pulls what it needs beside its tiles.
+    Accumulators are pushed: to the next rank, which has two slots for them in turn, or home, where there is one.
+    """
+
+    explain = "peer memory: the GPUs' copy engines pull blocks and push gradients"
+
+    def __init__(self, circle: Circle, group: Any, device: torch.device) -> None:
+        self._circle, self._group, self._device = circle, group, device
+        self._deadline = math.ceil(circle.timeout * 1000)
+        self._pulling: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._pushing: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._visiting: Region | None = None
+        self._carried: Region | None = None
+        self._specs: Mapping[int, Sequence[Spec]] = {}
+        self._slot = 0  # bytes of one slot for accumulators
+        self._sent = self._received = 0
+        self._taken: tuple[int, int] | None = None  # who is to hear that which slot is free again
+        self._next: int | None = None
+        self.messages_sent = self.bytes_sent = 0
+
+    def publish(
+        self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
+    ) -> None:
+        """Make ``blocks`` readable; ``specs`` says what each rank publishes, ``carried`` what comes home to it."""
+        self._specs = specs
+        self._visiting = self._grown(self._visiting, max(map(_room, specs.values())))
+        self._slot = max(map(_room, carried.values()), default=0)
+        if self._slot:
+            slots = 1 if self._circle.size == 2 else 3
+            self._carried = self._grown(self._carried, slots * self._slot)
+        with self._beside(self._pulling):
+            # Every rank is done with what was published, and with what came home, before.
+            self._visiting.handle.barrier(_READY, self._deadline)
+            for mine, x in zip(self._visiting.blocks(self._circle.rank, specs[self._circle.rank]), blocks, strict=True):
+                mine.copy_(x)
+            self._visiting.handle.barrier(_READY, self._deadline)
+
+    def fetch(self, owner: int, rows: slice | None) -> Blocks:
+        """Begin to pull what ``owner`` published; it has arrived once `arrival`, begun after, was waited for."""
+        if self._visiting is None:
+            raise LookupError("nothing is published")
+        theirs = self._visiting.blocks(owner, self._specs[owner])
+        theirs = theirs if rows is None else [x[:, :, rows] for x in theirs]
+        pulled = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in theirs)
+        with self._beside(self._pulling):
+            for mine, x in zip(pulled, theirs, strict=True):
+                mine.copy_(x)
+        return pulled
+
+    def arrival(self) -> Streamed:
+        """What was fetched so far."""
+        return Streamed(self._pulling.record_event(), {}, ())
+
+    def exchange(
+        self, sends: Sequence[tuple[Move, Blocks]], receives: Sequence[tuple[Move, Sequence[Spec]]]
+    ) -> Streamed | Home:
+        """Begin to push accumulators, or to wait for them."""
+        if self._carried is None:
+            raise LookupError("no memory for accumulators")
+        self._tell_taken()
+        for move, _ in receives:
+            if move.block == self._circle.rank:
+                ((move, specs),) = receives
+                return Home(self, move, specs)
+        arriving = {}
+        with self._beside(self._pushing):
+            for move, specs in receives:
+                self._carried.handle.wait_signal(move.peer, _HOP, self._deadline)
+                slot, self._received = self._received % 2, self._received + 1
+                arriving[move] = tuple(self._carried.blocks(self._circle.rank, specs, (1 + slot) * self._slot))
+                self._taken = move.peer, slot
+            for move, blocks in sends:
+                self._push(self._carried, move, blocks)
+        return Streamed(self._pushing.record_event(), arriving, tuple(blocks for _, blocks in sends))
+
+    def retire(self) -> None:
+        """Nothing published is read after this."""
+        self._tell_taken()
+        if self._carried is not None and self._next is not None:
+            with self._beside(self._pushing):
+                for slot in range(min(2, self._sent)):
+                    self._carried.handle.wait_signal(self._next, _TAKEN + (self._sent - 1 - slot) % 2, self._deadline)
+        self._sent = self._received = 0
+        self._next = None
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_stream(self._pulling)
+        stream.wait_stream(self._pushing)
+
+    def home(self, move: Move, specs: Sequence[Spec]) -> Blocks:
+        """What came home, once it has come, in memory that the next call overwrites."""
+        if self._carried is None:
+            raise LookupError("no memory for accumulators")
+        self._carried.handle.wait_signal(move.peer, _HOME, self._deadline)
+        return tuple(self._carried.blocks(self._circle.rank, specs))
+
+    def _push(self, region: Region, move: Move, blocks: Blocks) -> None:
+        self.messages_sent += len(blocks)
+        self.bytes_sent += sum(x.nbytes for x in blocks)
+        specs = [Spec(tuple(x.shape), x, x.dtype) for x in blocks]
+        start, signal = 0, _HOME
+        if move.block != move.peer:
+            if self._next not in (None, move.peer):
+                raise TransportError(f"accumulators go from rank {self._circle.rank} to {self._next} and {move.peer}.")
+            slot, self._next = self._sent % 2, move.peer
+            if self._sent >= 2:
+                region.handle.wait_signal(move.peer, _TAKEN + slot, self._deadline)
+            self._sent += 1
+            start, signal = (1 + slot) * self._slot, _HOP
+        for theirs, x in zip(region.blocks(move.peer, specs, start), blocks, strict=True):
+            theirs.copy_(x)
+        region.handle.put_signal(move.peer, signal, self._deadline)
+
+    def _tell_taken(self) -> None:
+        """On the caller's stream: what arrived last was read by what came before."""
+        if self._taken is not None and self._carried is not None:
+            peer, slot = self._taken
+            self._carried.handle.put_signal(peer, _TAKEN + slot, self._deadline)
+            self._taken = None
+
+    def _grown(self, region: Region | None, size: int) -> Region:
+        if region is not None and region.size >= size:
+            return region
+        if torch.cuda.is_current_stream_capturing():
+            raise TransportError(
+                "a call over GPUs' memory was captured before it ever ran, but making that memory is no work of a "
+                "stream. Run the call once, then capture it."
+            )
+        return Region(self._group, size, self._device)
+
+    @contextmanager
+    def _beside(self, stream: Any) -> Iterator[None]:
+        """On ``stream``, after all that the caller's stream was given so far."""
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            yield
+
+
+class Streamed:
+    """What a stream moves: the caller's stream goes on after it, the host does not wait."""
+
+    def __init__(self, event: Any, arriving: Mapping[Move, Blocks], leaving: Sequence[Blocks]) -> None:
+        self._event, self._arriving, self._leaving = event, arriving, leaving
+
+    def wait(self) -> Mapping[Move, Blocks]:
+        """What arrives, for work that the caller's stream is given from now on."""
+        torch.cuda.current_stream().wait_event(self._event)
+        self._leaving = ()
+        return self._arriving
+
+
+class Home:
+    """Accumulators that come home at the end: nobody waits for them before."""
+
+    def __init__(self, memory: PeerMemory, move: Move, specs: Sequence[Spec]) -> None:
+        self._memory, self._move, self._specs = memory, move, specs
+
+    def wait(self) -> Mapping[Move, Blocks]:
+        """What came home, for work that the caller's stream is given from now on."""
+        return {self._move: self._memory.home(self._move, self._specs)}
+
+
+def _room(specs: Sequence[Spec]) -> int:
+    """The bytes that tensors like these take, one after the other."""
+    sizes = (math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    return sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes)
