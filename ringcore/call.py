@@ -69,7 +69,9 @@ class Call:
             known = self._about(q, k, v, bias, mask)
             arguments = known.arguments.about(q, k, v, bias, mask)
             further(arguments)
-            return Prepared(arguments, known.local or LocalSession(arguments, 1), known.kernels)
+            if known.local is None:
+                known.local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
+            return Prepared(arguments, known.local, known.kernels)
         transport = find_transport(self.ring)
 
         def check() -> tuple[tuple[Arguments, Known], Note]:
@@ -85,30 +87,32 @@ class Call:
         if getattr(transport, "capturing", bool)():
             # What a graph replays is what the ranks agreed on before; nothing of the host is in it.
             (arguments, known), _ = check()
-            if known.agreed is None:
+            if len(known.agreed) != 1:
                 raise TransportError(
-                    "a call on a ring was captured in a graph before it ever ran with arrays like these, so the ranks "
-                    "have not agreed on it. Run it once on every rank, then capture it."
+                    "a call on a ring was captured in a graph, where the ranks cannot agree on it, and with arrays "
+                    f"like these it ran with {len(known.agreed)} choices of lengths on the ranks before. Run it once "
+                    "on every rank as it shall be captured, and with no others."
                 )
+            (agreed,) = known.agreed.values()
         else:
             (arguments, known), agreed = agree(transport, check)
-            known.agreed = agreed
-        return Prepared(arguments, ProcessSession(transport, arguments, known.agreed), known.kernels)
+            known.agreed[agreed.q_lengths, agreed.k_lengths] = agreed
+        session = ProcessSession(transport, arguments, agreed)
+        with session.guarded():
+            return Prepared(arguments, session, known.kernels)
 
     def _about(self, *arrays: Any) -> Known:
         """What holds for arrays of these types, shapes, dtypes and devices: found out once, if the call is kept."""
-        signature: tuple[Any, ...] | None = None
         try:
             signature = tuple(map(_signature, arrays))
             known = self.known.get(signature)
         except (AttributeError, TypeError):  # no arrays at all, perhaps: the checks say so
-            known = None
+            signature, known = (), None
         if known is not None:
             return known
         arguments, kernels, _ = self.choose(*arrays)
-        local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size)) if self.ring is None else None
-        known = Known(arguments.without_arrays(), kernels, local)
-        if signature is not None and not getattr(kernels, "capturing", bool)():
+        known = Known(arguments.without_arrays(), kernels)
+        if signature and not getattr(kernels, "capturing", bool)():
             if len(self.known) >= _KEPT:
                 self.known.clear()
             self.known[signature] = known
@@ -130,7 +134,7 @@ class Call:
             needs.add("window")
         if self.gradient:
             _check_wrt(self.wrt, bias)
-            needs.add("gradient")
+            needs |= {"gradient", "gradient of a bias"} if "bias" in self.wrt else {"gradient"}
         sharers = 1 if self.ring is None else find_transport(self.ring).sharers
         chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, frozenset(needs), sharers)
         return arguments, chosen, passed
@@ -140,13 +144,13 @@ class Call:
 class Known:
     """What a call found out about arrays of one signature; it holds none of them.
 
-    local: where it runs without a ring of processes. agreed: what the ranks of a ring last agreed on.
+    local: where it runs without a ring of processes. agreed: what the ranks of a ring agreed on, by their lengths.
     """
 
     arguments: Arguments
     kernels: Kernels
     local: LocalSession | None = None
-    agreed: Agreed | None = None
+    agreed: dict[tuple[tuple[int, ...], tuple[int, ...]], Agreed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,15 @@ class Prepared:
 
     def forward(self, keep_wide: bool = False) -> Result:
         """Run the ring. keep_wide: ``wide`` of the result is in the accumulation dtype, which `backward` reads."""
+        with self.session.guarded():
+            return self._forward(keep_wide)
+
+    def backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
+        """The gradients of the names in ``wrt``, given those of out (caller's axes) and of lse."""
+        with self.session.guarded():
+            return self._backward(result, dout, dlse, wrt)
+
+    def _forward(self, keep_wide: bool) -> Result:
         session, layout, dtype = self.session, self.session.deal.q_layout, self.arguments.q.dtype
         session.run(self._works)
         partials = [work.take_result() for work in self._works]
@@ -199,8 +212,7 @@ class Prepared:
         wide = session.join([self._arithmetic.finished(partial, kept) for partial in partials], layout)
         return Result(namespace(wide).astype(wide, dtype, copy=False), wide, maximum, total)
 
-    def backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
-        """The gradients of the names in ``wrt``, given those of out (caller's axes) and of lse."""
+    def _backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
         arguments, session, axes = self.arguments, self.session, self.arguments.axes
         deal = session.deal
 

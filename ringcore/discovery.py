@@ -117,7 +117,9 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
         )
     if can.equal_heads and widths[0] != widths[1]:
         return f"their k and v are equally wide, but this call has {widths[0]} and {widths[1]} columns"
-    for need in sorted(needs):
+    if can.fused and "gradient of a bias" in needs:
+        return "they give no gradient of a bias"
+    for need in sorted(needs - {"gradient of a bias"}):
         if not getattr(can, need):
             return f"they have no {need}"
     return None
@@ -137,7 +139,7 @@ def _named(name: str, sharers: int) -> Kernels:
         raise KeywordError(f"kernels is {name!r}; the installed ones are {known}.")
     kernels = _loaded(name, sharers)
     if isinstance(kernels, RingcoreError):
-        raise kernels
+        raise type(kernels)(*kernels.args)  # a new one: a traceback that is raised again grows, and keeps arrays
     return kernels
 
 
@@ -147,7 +149,7 @@ def _loaded(name: str, sharers: int) -> Kernels | RingcoreError:
     try:
         kernels: Kernels = _load(_points("ringcore.kernels")[name])(sharers=sharers)
     except (MissingDependency, UnsupportedError) as error:
-        return error
+        return error.with_traceback(None)
     return kernels
 
 

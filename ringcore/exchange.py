@@ -12,10 +12,7 @@ from ringcore.values import Array, Begin, Blocks, Move, Spec
 
 
 def run_rank(loop: Loop, transport: Transport) -> Blocks | None:
-    """Run one rank's loop to its end, and return its result.
-
-    If it fails here, every peer is told before the error goes on.
-    """
+    """Run one rank's loop to its end, and return its result."""
     reply: Any = None
     try:
         while True:
@@ -27,9 +24,6 @@ def run_rank(loop: Loop, transport: Transport) -> Blocks | None:
     except StopIteration as stop:
         result: Blocks | None = stop.value
         return result
-    except BaseException as error:
-        transport.abort(error)
-        raise
 
 
 class InPlace:

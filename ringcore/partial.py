@@ -32,7 +32,7 @@ class Partial:
 
     @property
     def seen(self) -> Array:
-        """Which rows saw a key [B, H, S], bool. What the other rows hold is never read."""
+        """Which rows saw a key [B, H, S], bool. `merge`, ``out`` and ``lse`` never read what the others hold."""
         return (self.maximum != -math.inf) & (self.total != 0)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 import array_api_compat
 
@@ -21,7 +21,7 @@ _ALL, _SPAN = slice(None), (range(_SIDE),)
 _TILE = Tile(_ALL, _ALL, _ALL, slice(0, _SIDE), slice(0, _SIDE), _SPAN, _SPAN, Band(None, 0))
 
 _REFERENCE = ReferenceKernels()
-_found: WeakKeyDictionary[Kernels, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
+_found: dict[int, dict[tuple[Any, ...], str | None]] = {}
 
 
 def fault(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | None:
@@ -33,7 +33,12 @@ def fault(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
         return None
     masked, gradient = "mask" in needs, "gradient" in needs
     key = str(array_api_compat.device(q)), dtype_name(q), q.shape[3], v.shape[3], masked, gradient
-    known = _found.setdefault(kernels, {})
+    try:
+        known = _found.setdefault(id(kernels), {})
+        if not known:
+            finalize(kernels, _found.pop, id(kernels), None)
+    except TypeError:  # nothing tells when they end, so nothing is remembered of them
+        known = {}
     if key not in known and not getattr(kernels, "capturing", bool)():
         known[key] = _tried(kernels, q, v.shape[3], masked, gradient)
     return known.get(key)
@@ -88,11 +93,13 @@ def _gradients(
 
 
 def _waves(like: Array, heads: int, columns: int, phase: float) -> Array:
-    """Numbers [1, heads, side, columns] from -1 to 1, in no pattern, of the library, dtype and device of ``like``."""
+    """Numbers [1, heads, side, columns] around 0.25, in no pattern, of the library, dtype and device of ``like``."""
     xp = namespace(like)
     count = heads * _SIDE * columns
     steps = xp.arange(count, dtype=xp.float32, device=array_api_compat.device(like))
-    return xp.astype(xp.reshape(xp.sin(steps * (1.7 + phase) + phase), (1, heads, _SIDE, columns)), like.dtype)
+    # Squares, so that neighbours have nothing in common: sums of a pattern would cancel, and hide what is due.
+    waves = xp.sin(steps * (steps * 0.37 + phase)) + 0.25
+    return xp.astype(xp.reshape(waves, (1, heads, _SIDE, columns)), like.dtype)
 
 
 def _lse(came: Partial, due: Partial) -> tuple[Array, Array]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -49,6 +50,10 @@ class Session(Protocol):
         """Run a check of later arguments; its error reaches every rank."""
         ...
 
+    def guarded(self) -> AbstractContextManager[None]:
+        """Around what the ranks have agreed to do: if it fails here, the others hear of it."""
+        ...
+
 
 class LocalSession:
     """The whole ring in this process."""
@@ -81,6 +86,10 @@ class LocalSession:
         """Run the check."""
         check()
 
+    def guarded(self) -> AbstractContextManager[None]:
+        """There is nobody to tell."""
+        return nullcontext()
+
 
 class ProcessSession:
     """This rank of a ring of processes."""
@@ -102,10 +111,11 @@ class ProcessSession:
         """Run this rank's loop; blocks of ranks that share memory are read in place."""
         (work,) = works
         loop = ring(self.deal.plans[self.transport.rank], work)
-        if not isinstance(self.transport, OneSided) or not self._published(self.transport, work):
-            return [run_rank(loop, self.transport)]
-        result = run_rank(loop, InPlace(self.transport))
-        self.transport.retire()
+        transport = self.transport
+        if transport.size == 1 or not isinstance(transport, OneSided) or not self._published(transport, work):
+            return [run_rank(loop, transport)]
+        result = run_rank(loop, InPlace(transport))
+        transport.retire()
         return [result]
 
     def check(self, check: Callable[[], None], name: str) -> None:
@@ -116,6 +126,15 @@ class ProcessSession:
             return None, {"call": name, f"the call that this {name} belongs to": self.call}
 
         agree(self.transport, checked)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Tell every rank of a failure, such as too little memory, for which they would wait."""
+        try:
+            yield
+        except BaseException as error:
+            self.transport.abort(error)
+            raise
 
     def _published(self, transport: OneSided, work: Work) -> bool:
         owners = [Move(rank, rank) for rank in range(transport.size)]

@@ -133,3 +133,32 @@ def test_kernels_are_not_tried_while_a_graph_is_captured():
     kernels.capturing = lambda: True
     ringcore.ring_attention(*arrays(), kernels=kernels)
     assert kernels.tries == 1
+
+
+@pytest.mark.parametrize(("width", "values"), [(4, 1), (256, 256), (96, 5), (8, 64), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_right_kernels_pass_at_every_width(dtype, width, values):
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((1, 2, 5, n)).astype(dtype) for n in (width, width, values))
+    ringcore.ring_attention_vjp(q, k, v, kernels=Fused())
+
+
+def test_kernels_that_cannot_be_remembered_are_tried_each_time():
+    class Slotted:
+        __slots__ = ("capabilities", "forward")
+
+        def __init__(self, kernels):
+            self.capabilities, self.forward = kernels.capabilities, kernels.forward
+
+        def backward(self):
+            raise NotImplementedError
+
+    kernels = Fused()
+    for _ in range(2):
+        ringcore.ring_attention(*arrays(), kernels=Slotted(kernels))
+    assert kernels.tries == 2 * 2
+
+
+def test_a_gradient_of_a_bias_is_nothing_that_fused_kernels_give():
+    with pytest.raises(UnsupportedError, match="'fused' cannot do this call: they give no gradient of a bias"):
+        ringcore.ring_attention_vjp(*arrays(), bias=np.zeros((12, 12)), wrt=("q", "bias"), kernels=Fused())

@@ -80,5 +80,7 @@ def _rows_like(q: Tensor, width: int) -> Tensor:
     """Memory for [B, H, S, width], heads and rows in the order in which q has them."""
     batch, heads, rows, _ = q.shape
     if q.stride(1) < q.stride(2):
-        return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
-    return q.new_empty((batch, heads, rows, width))
+        strides = rows * heads * width, width, heads * width, 1
+    else:
+        strides = rows * heads * width, rows * width, width, 1
+    return q.new_empty_strided((batch, heads, rows, width), strides)

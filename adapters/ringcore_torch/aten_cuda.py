@@ -49,10 +49,12 @@ class AtenKernels:
     ) -> Gradients:  # fmt: skip
         """The tile's own gradients; see `ringcore.Kernels`."""
         widths = q.shape[3], k.shape[3], v.shape[3]
+        kernels: AtenKernels = self
         if dlse is not None:
+            kernels = Flash2()  # whose heads may be as wide as that makes them
             dout, v, out = with_lse_gradient(dout, v, out, dlse)
         q, k, v, dout, out = even(q, k, v, dout, out, multiple=_ALIGNED)
-        found = self.pull_back(dout, q, k, v, out, lse.contiguous(), tile.band, score.scale)
+        found = kernels.pull_back(dout, q, k, v, out, lse.contiguous(), tile.band, score.scale)
         return Gradients(*(x[..., :width] for x, width in zip(found, widths, strict=True)))
 
 

@@ -35,12 +35,15 @@ class FlashCpu:
         q, k, v = even(q, k, v)
         hidden = _hidden(tile.band, mask, q, k)
         causal = hidden is None and tile.band != Band()
+        k, v = _seen_alone(hidden, k, v)
         out, lse = _forward(q, k, v, 0.0, causal, attn_mask=hidden, scale=score.scale)
-        part = from_kernel(out[..., :values], lse)
+        out = out if out.shape[3] == values else out[..., :values]
+        part = from_kernel(out, lse)
         if hidden is None:
             return part
         empty = (hidden == -torch.inf).all(-1)  # the kernel says lse 0 there
-        return Partial(part.weighted, lse.masked_fill(empty, -torch.inf), part.total.masked_fill(empty, 0.0))
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+        return Partial(out, lse, part.total.masked_fill(empty, 0.0))
 
     def backward(
         self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -55,8 +58,24 @@ class FlashCpu:
         q, k, v, dout, out = even(q, k, v, dout, out)
         hidden = _hidden(tile.band, mask, q, k)
         causal = hidden is None and tile.band != Band()
-        found = _backward(dout, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=hidden, scale=score.scale)
-        return Gradients(*(x[..., :width] for x, width in zip(found, widths, strict=True)))
+        k, v = _seen_alone(hidden, k, v)
+        heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        apart = group > 1 and q.dtype in (torch.float16, torch.bfloat16)  # the kernel would add in these types
+        if apart:
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        dq, dk, dv = _backward(dout, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=hidden, scale=score.scale)
+        if apart:
+            dk, dv = (x.unflatten(1, (heads, group)).sum(2, dtype=torch.float32) for x in (dk, dv))
+        return Gradients(*(x[..., :width] for x, width in zip((dq, dk, dv), widths, strict=True)))
+
+
+def _seen_alone(hidden: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v with 0 in keys that no row sees: the kernel multiplies what they hold by 0, NaN included."""
+    if hidden is None:
+        return k, v
+    unseen = (hidden == -torch.inf).all(-2)[..., None]  # [B or 1, H or 1, T, 1]
+    unseen = unseen.all(1, keepdim=True)  # a head of k may serve several heads of q
+    return k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
 
 
 def _hidden(band: Band, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:

@@ -42,7 +42,7 @@ def call_of(name: str, text: str, **changed: Any) -> Call:
     gradients of, so that ranks that differ in it hear so before they wait for a gradient that never comes.
     """
     key = name, text, tuple(changed.items())
-    if _GROUP not in text:
+    if f'"ring": {{"{_GROUP}": ' not in text:
         return _kept_call(*key)
     group = _found(json.loads(text)["ring"])
     known = _known_of_group.setdefault(group, {})

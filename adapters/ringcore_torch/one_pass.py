@@ -8,23 +8,23 @@ import torch
 import triton
 import triton.language as tl
 
-_COLUMNS = 128  # of a row that one program holds at a time
+_ROWS = 16  # that one program merges
+_NUMBERS = 1024  # of lse that one program makes
+_COLUMNS = 128  # of a row that a program holds at a time
 
 
 def merge_into(state: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) -> None:
     """weighted [B, H, S, E], maximum and total [B, H, S] of ``part`` merged into those of ``state``, in place.
 
-    Any strides, but for the last axis of weighted, which has no gaps. ``part``'s weighted may be of a half type.
+    Any strides, but for the last axis of both weighted, which has no gaps. ``part``'s weighted may be of a half type.
     """
     weighted, maximum, total = state
     batch, heads, rows, width = weighted.shape
-    per_program = 16
+    blocks = triton.cdiv(rows, _ROWS)
     if weighted.numel():
-        _merge[(triton.cdiv(rows, per_program), heads, batch)](
-            weighted, maximum, total, *part,
-            rows, width,
-            *_strides(*state), *_strides(*part),
-            block=per_program, columns=min(_COLUMNS, triton.next_power_of_2(width)),
+        _merge[(blocks * heads * batch,)](
+            weighted, maximum, total, *part, blocks, heads, rows, width, *_strides(*state), *_strides(*part),
+            block=_ROWS, columns=_columns(width),
         )  # fmt: skip
 
 
@@ -32,11 +32,11 @@ def divided(weighted: torch.Tensor, total: torch.Tensor, dtype: torch.dtype) -> 
     """weighted / total [B, H, S, E] in ``dtype``, in the order of weighted's memory; 0 where total is 0."""
     out = torch.empty_like(weighted, dtype=dtype)
     batch, heads, rows, width = weighted.shape
-    per_program = 16
+    blocks = triton.cdiv(rows, _ROWS)
     if weighted.numel():
-        _divide[(triton.cdiv(rows, per_program), heads, batch)](
-            weighted, total, out, rows, width, *_strides(weighted, total, out),
-            block=per_program, columns=min(_COLUMNS, triton.next_power_of_2(width)),
+        _divide[(blocks * heads * batch,)](
+            weighted, total, out, blocks, heads, rows, width, *_strides(weighted, total, out),
+            block=_ROWS, columns=_columns(width),
         )  # fmt: skip
     return out
 
@@ -45,11 +45,16 @@ def lse_of(maximum: torch.Tensor, total: torch.Tensor, empty: float) -> torch.Te
     """maximum + log(total) [B, H, S]; ``empty`` in rows that saw no key."""
     lse = torch.empty(maximum.shape, dtype=maximum.dtype, device=maximum.device)
     batch, heads, rows = maximum.shape
+    blocks = triton.cdiv(rows, _NUMBERS)
     if lse.numel():
-        _lse[(triton.cdiv(rows, 1024), heads, batch)](
-            maximum, total, lse, rows, *_strides(maximum, total, lse), empty=empty, block=1024
+        _lse[(blocks * heads * batch,)](
+            maximum, total, lse, blocks, heads, rows, *_strides(maximum, total, lse), empty=empty, block=_NUMBERS
         )
     return lse
+
+
+def _columns(width: int) -> int:
+    return int(min(_COLUMNS, triton.next_power_of_2(width)))
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -58,24 +63,29 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _place(blocks, heads, block: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+    """This program's batch entry, head and rows."""
+    number = tl.program_id(0)
+    pair = (number // blocks).to(tl.int64)
+    return pair // heads, pair % heads, (number % blocks).to(tl.int64) * block + tl.arange(0, block)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
-    weighted, maximum, total, part_weighted, part_maximum, part_total, rows, width,
+    weighted, maximum, total, part_weighted, part_maximum, part_total, blocks, heads, rows, width,
     wb, wh, ws, mb, mh, ms, tb, th, ts, pwb, pwh, pws, pmb, pmh, pms, ptb, pth, pts,
     block: tl.constexpr, columns: tl.constexpr,
 ) -> Any:  # fmt: skip
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    batch, head, row = _place(blocks, heads, block)
     inside = row < rows
     maximum += batch * mb + head * mh + row * ms
     total += batch * tb + head * th + row * ts
-    old_maximum = tl.load(maximum, inside, float("-inf"))
+    old_maximum, old_total = tl.load(maximum, inside, float("-inf")), tl.load(total, inside, 0.0)
     new_maximum = tl.load(part_maximum + batch * pmb + head * pmh + row * pms, inside, float("-inf"))
+    new_total = tl.load(part_total + batch * ptb + head * pth + row * pts, inside, 0.0)
     largest = tl.maximum(old_maximum, new_maximum)
     reference = tl.where(largest == float("-inf"), 0.0, largest)
     old, new = tl.exp(old_maximum - reference), tl.exp(new_maximum - reference)
-    new_total = tl.load(part_total + batch * ptb + head * pth + row * pts, inside, 0.0)
-    tl.store(total, tl.load(total, inside, 0.0) * old + new_total * new, inside)
-    tl.store(maximum, largest, inside)
     # What stands under a row that saw no key is never read into a sum: it may be NaN.
     old_seen, new_seen = old_maximum > float("-inf"), new_maximum > float("-inf")
     weighted += batch * wb + head * wh + row[:, None] * ws
@@ -86,15 +96,18 @@ def _merge(  # type: ignore[no-untyped-def]
         mine = tl.load(weighted + column, place & old_seen[:, None], 0.0)
         theirs = tl.load(part_weighted + column, place & new_seen[:, None], 0.0).to(mine.dtype)
         tl.store(weighted + column, mine * old[:, None] + theirs * new[:, None], place)
+    # Several threads have read the same statistics: none may be written before all have.
+    tl.debug_barrier()
+    tl.store(total, old_total * old + new_total * new, inside)
+    tl.store(maximum, largest, inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _divide(  # type: ignore[no-untyped-def]
-    weighted, total, out, rows, width, wb, wh, ws, tb, th, ts, ob, oh, os,
+    weighted, total, out, blocks, heads, rows, width, wb, wh, ws, tb, th, ts, ob, oh, os,
     block: tl.constexpr, columns: tl.constexpr,
 ) -> Any:  # fmt: skip
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    batch, head, row = _place(blocks, heads, block)
     inside = row < rows
     sums = tl.load(total + batch * tb + head * th + row * ts, inside, 0.0)
     seen = sums != 0.0
@@ -109,10 +122,10 @@ def _divide(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _lse(  # type: ignore[no-untyped-def]
-    maximum, total, lse, rows, mb, mh, ms, tb, th, ts, lb, lh, ls, empty: tl.constexpr, block: tl.constexpr
+    maximum, total, lse, blocks, heads, rows, mb, mh, ms, tb, th, ts, lb, lh, ls,
+    empty: tl.constexpr, block: tl.constexpr,
 ) -> Any:  # fmt: skip
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    batch, head, row = _place(blocks, heads, block)
     inside = row < rows
     top = tl.load(maximum + batch * mb + head * mh + row * ms, inside, float("-inf"))
     sums = tl.load(total + batch * tb + head * th + row * ts, inside, 0.0)

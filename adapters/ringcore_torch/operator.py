@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ def attend(
     NotImplemented, where the arguments are such that `ringcore.ring_attention` must refuse them.
     """
     given = [q, k, v, *(x for x in (bias, mask) if x is not None)]
-    if not isinstance(return_lse, bool) or not all(_takes(x, q.device) for x in given):
+    if type(return_lse).__name__ not in ("bool", "bool_") or not all(_takes(x, q.device) for x in given):
         return NotImplemented
     if any(isinstance(x, Tensor) and x.requires_grad for x in keywords.values()):
         return NotImplemented
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        _refuse_numbers_in_arrays(keywords)
+    else:
         _refuse_transforms(given)
     inputs = zip(_INPUTS, (q, k, v, bias), strict=True)
     wrt = [name for name, x in inputs if x is not None and x.requires_grad and torch.is_grad_enabled()]
@@ -54,7 +57,8 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
 def _run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, text: str) -> tuple[Tensor, Result]:
     """out in the caller's axes, its memory ordered as q's, and what else was found."""
     call = call_of("ring_attention", text)
-    result = call.prepare(*_detached(q, k, v, bias, mask)).forward()
+    with _uncast(q):
+        result = call.prepare(*_detached(q, k, v, bias, mask)).forward()
     out = result.out if call.axes == "bhsd" else result.out.transpose(1, 2)
     return _stored_as(_empty_out(q, v), out), result
 
@@ -93,8 +97,9 @@ def _attend_backward(
     rows = out if call.axes == "bhsd" else out.transpose(1, 2)
     result = Result(rows, rows, maximum, total)
     q, k, v, bias, mask = _detached(q, k, v, bias, mask)
-    prepared = call.prepare(q, k, v, bias, mask, lambda _: check_output_gradients(dout, dlse, out, maximum))
-    found = prepared.backward(result, dout, dlse, names)
+    with _uncast(q):
+        prepared = call.prepare(q, k, v, bias, mask, lambda _: check_output_gradients(dout, dlse, out, maximum))
+        found = prepared.backward(result, dout, dlse, names)
     memory = _empty_gradients(q, k, v, bias, names)
     return [_stored_as(empty, x) for empty, x in zip(memory, found, strict=True)]
 
@@ -138,6 +143,16 @@ def _takes(x: Any, device: torch.device) -> bool:
     return isinstance(x, Tensor) and x.device == device and x.layout is torch.strided
 
 
+def _refuse_numbers_in_arrays(keywords: dict[str, Any]) -> None:
+    """Raise UnsupportedError for keywords whose numbers a compiled graph would keep as they were when it was traced."""
+    for name, x in keywords.items():
+        if hasattr(x, "tolist"):
+            raise UnsupportedError(
+                f"{name} is a {type(x).__name__}, whose numbers torch.compile would take from the first call for all "
+                "later ones. Give Python numbers, for example with .tolist() outside of what is compiled, or a mask."
+            )
+
+
 def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
     """Raise UnsupportedError under vmap, forward mode and torch.func's transforms."""
     wrapped = [x for x in tensors if torch._C._functorch.is_functorch_wrapped_tensor(x)]
@@ -156,13 +171,21 @@ def _detached(*tensors: Any) -> list[Any]:
     return [None if x is None else x.detach() for x in tensors]
 
 
+def _uncast(q: Tensor) -> AbstractContextManager[Any]:
+    """What computes in float32 stays in float32: autocast has cast the inputs, and nothing else is its business."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _empty_out(q: Tensor, v: Tensor) -> Tensor:
     """The memory of out: heads and rows in the order in which q has them."""
     batch, first, second, _ = q.shape
     width = v.shape[3]
     if q.stride(1) < q.stride(2):
-        return q.new_empty((batch, second, first, width)).transpose(1, 2)
-    return q.new_empty((batch, first, second, width))
+        strides = first * second * width, width, first * width, 1
+    else:
+        strides = first * second * width, second * width, width, 1
+    return q.new_empty_strided((batch, first, second, width), strides)
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, names: Sequence[str]) -> list[Tensor]:

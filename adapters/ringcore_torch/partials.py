@@ -30,7 +30,7 @@ def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:
         state = Partial(state.weighted, state.maximum, state.total.contiguous())
     state = state.widened
     weighted, maximum, total = (x[rows] for x in (state.weighted, state.maximum, state.total))
-    one_pass = _one_pass(weighted)
+    one_pass = _one_pass(weighted, part.weighted)
     if one_pass is not None:
         one_pass.merge_into((weighted, maximum, total), (part.weighted, part.maximum, part.total))
         return state
@@ -62,7 +62,7 @@ def finished(partial: Partial, dtype: torch.dtype) -> torch.Tensor:
 
 def finished_lse(maximum: torch.Tensor, total: torch.Tensor, empty: float) -> torch.Tensor:
     """maximum + log(total) [B, H, S], in memory of its own; ``empty`` in rows that saw no key."""
-    one_pass = _one_pass(maximum)
+    one_pass = _triton() if maximum.is_cuda else None
     if one_pass is not None:
         lse: torch.Tensor = one_pass.lse_of(maximum, total, empty)
         return lse
@@ -70,9 +70,9 @@ def finished_lse(maximum: torch.Tensor, total: torch.Tensor, empty: float) -> to
     return torch.where(seen, maximum + torch.log(torch.where(seen, total, 1.0)), empty).contiguous()
 
 
-def _one_pass(x: torch.Tensor) -> ModuleType | None:
-    """The fused arithmetic, where it runs."""
-    return _triton() if x.is_cuda and x.stride(-1) == 1 else None
+def _one_pass(*tensors: torch.Tensor) -> ModuleType | None:
+    """The arithmetic in one pass, where it runs."""
+    return _triton() if all(x.is_cuda and x.stride(-1) == 1 for x in tensors) else None
 
 
 @cache

@@ -5,7 +5,9 @@ Everything is ordered on streams, nothing waits on the host: the work of a whole
 
 from __future__ import annotations
 
+import json
 import math
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
-from ringcore import Blocks, Move, Spec, TransportError
+from ringcore import Blocks, Move, Spec, TransportError, UnsupportedError
 from ringcore_torch.circle import Circle
 
 # Signals of a pair of ranks, by what they say.
@@ -21,6 +23,28 @@ _READY, _HOP, _HOME, _TAKEN = 0, 1, 2, 3  # and _TAKEN + 1: one for each of two 
 _ALIGNED = 256  # bytes between the starts of tensors
 
 Tensor = torch.Tensor
+
+
+def check_reach(circle: Circle, device: torch.device) -> None:
+    """Raise UnsupportedError, on every rank, unless the ranks' GPUs reach each other's memory. Collective."""
+    mine = {"machine": platform.node(), "gpu": str(torch.cuda.get_device_properties(device).uuid)}
+    notes = [json.loads(note) for note in circle.gather(json.dumps(mine).encode())]
+    visible = {str(torch.cuda.get_device_properties(n).uuid): n for n in range(torch.cuda.device_count())}
+    peers = [visible[note["gpu"]] for note in notes if note["gpu"] in visible]
+    far = [n for n in peers if n != device.index and not torch.cuda.can_device_access_peer(device.index, n)]
+    everybodys = [json.loads(note) for note in circle.gather(json.dumps(far).encode())]
+    reason = ""
+    if len({note["machine"] for note in notes}) > 1:
+        reason = "they are on several machines"
+    elif len({note["gpu"] for note in notes}) < len(notes):
+        reason = "several ranks use one GPU; call torch.cuda.set_device before the ring is made"
+    elif any(everybodys):
+        reason = f"the GPUs that each rank cannot reach are {everybodys}"
+    if reason:
+        raise UnsupportedError(
+            f"the ranks' GPUs cannot reach each other's memory ({reason}), and blocks on GPUs have no other way to "
+            "travel yet. Use GPUs of one machine, one for each rank, or move q, k and v to host memory: q.cpu()."
+        )
 
 
 class Region:
@@ -57,6 +81,7 @@ class PeerMemory:
         self._pushing: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._visiting: Region | None = None
         self._carried: Region | None = None
+        self._outgrown: list[Region | None] = []
         self._specs: Mapping[int, Sequence[Spec]] = {}
         self._slot = 0  # bytes of one slot for accumulators
         self._sent = self._received = 0
@@ -166,6 +191,7 @@ class PeerMemory:
     def _grown(self, region: Region | None, size: int) -> Region:
         if region is not None and region.size >= size:
             return region
+        self._outgrown.append(region)  # a peer may be reading there, a captured graph may do so again
         if torch.cuda.is_current_stream_capturing():
             raise TransportError(
                 "a call over GPUs' memory was captured before it ever ran, but making that memory is no work of a "

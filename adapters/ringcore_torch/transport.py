@@ -13,7 +13,7 @@ from ringcore import Blocks, Move, Pending, Spec, UnsupportedError
 from ringcore_torch.circle import Circle
 from ringcore_torch.groups import checked_group, next_name
 from ringcore_torch.messages import GlooMessages
-from ringcore_torch.peer_memory import PeerMemory
+from ringcore_torch.peer_memory import PeerMemory, check_reach
 
 _rings: WeakKeyDictionary[Any, TorchTransport] = WeakKeyDictionary()
 
@@ -33,7 +33,8 @@ class TorchTransport:
     """
 
     def __init__(self, group: Any, *, node: int | None = None, timeout: float | None = None) -> None:
-        self._group = group = checked_group(group)
+        group = checked_group(group)
+        self._name = group.group_name  # not the group: it ends with the last that holds it
         self._circle = Circle(group, next_name(group), timeout)
         self._messages = GlooMessages(self._circle)
         self.rank, self.size = self._circle.rank, self._circle.size
@@ -41,13 +42,12 @@ class TorchTransport:
         places = self._circle.gather(place.encode())
         self.node = places.index(place.encode())
         self.sharers = places.count(place.encode())
-        self._far = "they are on several machines" if self.sharers < self.size else _unreachable(self._circle)
         self._peer_memory: PeerMemory | None = None
 
     @property
     def explain(self) -> str:
         """How blocks travel."""
-        carriers = f"{self._messages.explain}; blocks on GPUs: {self._far or PeerMemory.explain}"
+        carriers = f"{self._messages.explain}; blocks on GPUs: {PeerMemory.explain}"
         return f"torch.distributed, rank {self.rank} of {self.size}; {carriers}"
 
     @property
@@ -64,11 +64,6 @@ class TorchTransport:
         """Raise UnsupportedError unless all are tensors that can travel from where they are."""
         if not all(isinstance(x, torch.Tensor) and x.is_cuda for x in arrays):
             self._messages.check(*arrays)
-        elif self._far:
-            raise UnsupportedError(
-                f"the tensors are on {arrays[0].device}, but the ranks' GPUs cannot reach each other's memory "
-                f"({self._far}), and there are no other messages between GPUs yet. Use GPUs of one machine, or q.cpu()."
-            )
         elif arrays[0].device.index != torch.cuda.current_device():
             raise UnsupportedError(
                 f"the tensors are on {arrays[0].device}, but rank {self.rank} works on GPU "
@@ -93,7 +88,8 @@ class TorchTransport:
         if not blocks[0].is_cuda:
             return False
         if self._peer_memory is None:
-            self._peer_memory = PeerMemory(self._circle, self._group, blocks[0].device)
+            check_reach(self._circle, blocks[0].device)
+            self._peer_memory = PeerMemory(self._circle, self._name, blocks[0].device)
         self._peer_memory.publish(blocks, specs, carried or {})
         return True
 
@@ -132,27 +128,6 @@ class TorchTransport:
     def abort(self, error: BaseException) -> None:
         """Tell every peer that this rank failed; the ring is of no use afterwards."""
         self._circle.abort(error)
-
-
-def _unreachable(circle: Circle) -> str:
-    """Why the GPUs of ranks on one machine cannot read each other's memory; empty if they can."""
-    if not torch.cuda.is_available():
-        mine = "there is none"
-    else:
-        here = torch.cuda.current_device()
-        mine = str(here) if hasattr(torch.distributed, "_symmetric_memory") else "this Torch has no symmetric memory"
-    all_of_them = [note.decode() for note in circle.gather(mine.encode())]
-    for rank, note in enumerate(all_of_them):
-        if not note.isdecimal():
-            return f"rank {rank}: {note}"
-    gpus = [int(note) for note in all_of_them]
-    if len(set(gpus)) < len(gpus):
-        return f"several ranks use one GPU: {gpus}"
-    for first in gpus:
-        for second in gpus:
-            if first != second and not torch.cuda.can_device_access_peer(first, second):
-                return f"GPU {first} has no access to GPU {second}"
-    return ""
 
 
 def adapt(ring: Any) -> TorchTransport:

@@ -34,7 +34,12 @@ def settle(
     """
     rows = query.shape[2]
     if getattr(mask, "settled", None):
-        check()
+        try:
+            check()
+        except BaseException as error:
+            if ring is not None:  # the others are past this layer's check, and would wait
+                find_transport(ring).abort(error)
+            raise
         return mask.settled[0]
 
     def describe() -> dict[str, Any]:

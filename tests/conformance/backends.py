@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -241,7 +242,9 @@ class GlooRing(ProcessRing):
 
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-        group = dist.new_group(range(size - 1, -1, -1), sort_ranks=False)
+        # Reversed where Torch can, so that ranks of the ring are not ranks of the world.
+        kept = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
+        group = dist.new_group(list(range(size - 1, -1, -1)), **kept)
         if dist.get_rank() >= size:
             return None
 

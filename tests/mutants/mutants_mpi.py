@@ -122,8 +122,8 @@ MUTANTS = (
     ),
     Mutant(
         "a failure while computing is not told to the others",
-        "ringcore/exchange.py",
-        "        transport.abort(error)\n",
+        "ringcore/session.py",
+        "            self.transport.abort(error)\n",
         "",
         "tests/mpi/test_launch.py",
         "kernel_that_fails",

@@ -88,6 +88,39 @@ def test_lse_alone_can_be_differentiated():
     torch.testing.assert_close(came, due)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_masked_key_holds_reaches_nothing(dtype, poison, size):
+    q, k, v = (x.detach() for x in draw(rows=12, keys=12, dtype=dtype))
+    mask = torch.ones(12, 12, dtype=torch.bool)
+    mask[:, 3], mask[5] = False, False
+    results = []
+    for number in (0.0, poison):
+        bad = [x.clone() for x in (k, v)]
+        for x in bad:
+            x[:, :, 3] = number
+        given = [x.requires_grad_() for x in (q.clone(), *bad)]
+        out, lse = ringcore.ring_attention(*given, mask=mask, ring_size=size, return_lse=True, kernels="torch.cpu")
+        results.append((out, lse, *torch.autograd.grad(out.float().sum() + lse[:, :, :5].sum(), given)))
+    for clean, came in zip(*results, strict=True):
+        assert torch.equal(clean, came)
+    assert (results[1][0][:, :, 5] == 0).all()
+
+
+def test_gradients_of_grouped_heads_are_added_in_float32():
+    q, k, v = (x.detach() for x in draw(heads=16, key_heads=1, rows=512, keys=512, width=32, values=32))
+
+    def error(group):
+        given = [x.bfloat16().requires_grad_() for x in (q[:, :group], k, v)]
+        out = ringcore.ring_attention(*given, kernels="torch.cpu")
+        wide = [x.detach().double().requires_grad_() for x in given]
+        came, due = torch.autograd.grad(out.sum(), given), torch.autograd.grad(dense(*wide, 0.0)[0].sum(), wide)
+        return float((came[2].double() - due[2]).norm() / due[2].norm())
+
+    assert error(16) <= 1.2 * error(1)
+
+
 def test_nothing_is_recorded_without_need():
     q, k, v = draw()
     with torch.no_grad():
@@ -174,6 +207,18 @@ def test_autocast_casts_as_scaled_dot_product_attention_does():
     assert q.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_autocast_leaves_float32_in_the_kernels(size):
+    """What is computed in float32 is no business of autocast: bias and softcap take the reference kernels."""
+    q, k, v = (3 * x.detach() for x in draw(rows=40, keys=40, width=32, values=32, dtype=torch.float32))
+    keywords = {"bias": torch.zeros(40, 40), "return_lse": True, "ring_size": size, "softcap": 50.0}
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = ringcore.ring_attention(q, k, v, **keywords)
+    due, due_lse = ringcore.ring_attention(*(x.bfloat16() for x in (q, k, v)), **keywords)
+    assert torch.equal(out, due)
+    assert torch.equal(lse, due_lse)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant):
     def attend(q, k, v):
@@ -204,6 +249,19 @@ def test_compiled_code_has_no_break_and_the_same_numbers(dtype, keywords):
     first, second = (torch.autograd.grad(out.sum() + lse.sum(), given) for out, lse in results)
     for came, due in zip(first, second, strict=True):
         assert torch.equal(came, due)
+
+
+def test_numbers_in_tensors_are_refused_where_a_graph_would_freeze_them():
+    def model(q, n):
+        return ringcore.ring_attention(q, q, q, key_lengths=n)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(
+        Exception, match=r"key_lengths is a Tensor, whose numbers torch\.compile would take from the first"
+    ):
+        compiled(draw(grad=False)[0], torch.tensor([5]))
+    assert torch.equal(model(q := draw(grad=False)[0], torch.tensor([5])), model(q, [5]))
 
 
 def test_the_operators_obey_torchs_rules():

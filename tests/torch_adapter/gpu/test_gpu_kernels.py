@@ -137,22 +137,23 @@ def test_softcap_and_another_width_of_values():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [40, 64, 256])
-def test_merging_in_one_pass_is_the_merge(dtype, width):
+@pytest.mark.parametrize("length", [37, 9001])  # the longer one fills the GPU, where threads overtake each other
+def test_merging_in_one_pass_is_the_merge(dtype, width, length):
     from ringcore_torch.partials import finished, finished_lse, merge_rows
 
     generator = torch.Generator("cuda").manual_seed(3)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def partial(kind):
-        weighted = torch.randn((2, 3, 37, width), generator=generator, device="cuda", dtype=torch.float64).to(kind)
-        maximum = torch.randn((2, 3, 37), generator=generator, device="cuda", dtype=wide) * 200
-        total = torch.rand((2, 3, 37), generator=generator, device="cuda", dtype=wide) + 0.5
-        empty = torch.rand((2, 3, 37), generator=generator, device="cuda") < 0.2
+        weighted = torch.randn((2, 3, length, width), generator=generator, device="cuda", dtype=torch.float64).to(kind)
+        maximum = torch.randn((2, 3, length), generator=generator, device="cuda", dtype=wide) * 200
+        total = torch.rand((2, 3, length), generator=generator, device="cuda", dtype=wide) + 0.5
+        empty = torch.rand((2, 3, length), generator=generator, device="cuda") < 0.2
         weighted[empty] = 0.0
         return Partial(weighted, maximum.masked_fill(empty, -torch.inf), total.masked_fill(empty, 0.0))
 
     first, second = partial(wide), partial(dtype)
-    rows = slice(None), slice(None), slice(5, 30)
+    rows = slice(None), slice(None), slice(5, length - 7)
     part = Partial(
         *(x[rows].transpose(0, 1).contiguous().transpose(0, 1) for x in (second.weighted, second.maximum, second.total))
     )
@@ -162,8 +163,8 @@ def test_merging_in_one_pass_is_the_merge(dtype, width):
     for name in ("weighted", "maximum", "total"):
         x = getattr(state, name)
         torch.testing.assert_close(x[rows], getattr(due, name)[rows], atol=close, rtol=close)
-        outside = torch.ones(37, dtype=torch.bool, device="cuda")
-        outside[5:30] = False
+        outside = torch.ones(length, dtype=torch.bool, device="cuda")
+        outside[5 : length - 7] = False
         assert torch.equal(x[:, :, outside], getattr(first, name)[:, :, outside])
     torch.testing.assert_close(finished_lse(state.maximum, state.total, -torch.inf), state.lse, atol=close, rtol=close)
     out = state.out

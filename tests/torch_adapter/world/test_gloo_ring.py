@@ -1,5 +1,7 @@
 """Whole calls over gloo against the ring in one process."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -90,3 +92,27 @@ def test_two_hundred_calls_keep_their_memory(world):
         ringcore.ring_attention(*shards, ring=world)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert memory[-1] - memory[50] < 4096  # KiB
+
+
+def test_a_rank_that_fails_between_the_agreement_and_the_ring_tells_the_others(group, monkeypatch):
+    """Memory that ran out there, say: nobody waits until the deadline."""
+    import ringcore.call
+
+    size = dist.get_world_size()
+    ring = group(size)
+    if dist.get_rank() == size - 1:
+
+        def no_memory(q):
+            raise MemoryError("planted")
+
+        monkeypatch.setattr(ringcore.call, "find_arithmetic", no_memory)
+    x = torch.ones(1, 1, 4, 8)
+
+    def twice():  # a rank that had all it needed hears of it in its next call
+        for _ in range(2):
+            ringcore.ring_attention(x, x, x, ring=ring, causal=True)
+
+    started = time.monotonic()
+    with pytest.raises((MemoryError, ringcore.PeerError), match="planted"):
+        twice()
+    assert time.monotonic() - started < 20
