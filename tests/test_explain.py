@@ -1,8 +1,10 @@
 """What explain says: who computes, why each one before was passed over, and how blocks travel."""
 
 import inspect
+import re
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +26,7 @@ from ringcore import (
 from ringcore.tile import ReferenceKernels
 
 HALF = frozenset({"float16"})
+TORCH_PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "torch.md"
 
 
 class Planted(ReferenceKernels):
@@ -245,3 +248,11 @@ def test_tensors_that_require_grad_count_as_wanted_gradients(torch, monkeypatch,
     assert explain(**given).kernels == "best"
     given[name] = given[name].clone().requires_grad_()
     assert reason(explain(**given), "torch.cpu") == "they have no gradient"
+
+
+def test_the_program_in_the_documentation_prints_what_stands_there(torch, capsys):
+    program, shown = re.search(
+        r"```python\n([^`]*explain[^`]*)```\n+```text\n(.*?)```", TORCH_PAGE.read_text(), re.DOTALL
+    ).groups()
+    exec(program, {})
+    assert capsys.readouterr().out == shown
