@@ -18,6 +18,7 @@ from ringcore.errors import (
     TransportError,
     UnsupportedError,
 )
+from ringcore.explanation import Explanation, explain
 from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths, resolve_layout, striped, zigzag
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
@@ -36,6 +37,7 @@ __all__ = [
     "Capabilities",
     "DeviceError",
     "DtypeError",
+    "Explanation",
     "FileError",
     "Gradients",
     "Kernels",
@@ -65,6 +67,7 @@ __all__ = [
     "contiguous",
     "dtype_name",
     "empty_partial",
+    "explain",
     "find_transport",
     "from_lengths",
     "layout_of_lengths",

@@ -44,6 +44,14 @@ class Arguments:
         """The name of the dtype of q, k and v."""
         return dtype_name(self.q)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What kernels must be able to do for the forward pass, as `Capabilities` names it."""
+        terms = {
+            "bias": self.bias, "mask": self.mask, "softcap": self.score.softcap, "window": self.window[0],
+        }  # fmt: skip
+        return frozenset(name for name, term in terms.items() if term is not None)
+
     def about(self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None) -> Arguments:
         """The same keywords about other arrays as they came, which were checked or are like those that were."""
         q, k, v = (swap_axes(x, self.axes) for x in (q, k, v))

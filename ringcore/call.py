@@ -128,15 +128,12 @@ class Call:
             softcap=self.softcap, query_offset=self.query_offset, key_lengths=self.key_lengths,
             layout=self.layout, axes=self.axes,
         )  # fmt: skip
-        terms = {"bias": bias, "mask": mask, "softcap": arguments.score.softcap}
-        needs = {name for name, term in terms.items() if term is not None}
-        if arguments.window[0] is not None:
-            needs.add("window")
+        needs = arguments.needs
         if self.gradient:
             _check_wrt(self.wrt, bias)
             needs |= {"gradient", "gradient of a bias"} if "bias" in self.wrt else {"gradient"}
         sharers = 1 if self.ring is None else find_transport(self.ring).sharers
-        chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, frozenset(needs), sharers)
+        chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, needs, sharers)
         return arguments, chosen, passed
 
 

@@ -23,7 +23,7 @@ def choose_kernels(
     """The kernels for arrays like q and v that can do all of ``needs``, and why each one before them was passed over.
 
     asked: kernels, their name, or None for the best that can.
-    needs: out of bias, mask, softcap, gradient. sharers: how many processes share this machine's cores.
+    needs: out of bias, mask, softcap, window, gradient. sharers: how many processes share this machine's cores.
     Raises UnsupportedError if the asked ones cannot, KeywordError if there are none of that name.
     """
     if asked is not None:
@@ -36,7 +36,8 @@ def choose_kernels(
     passed: list[str] = []
     able: list[Kernels] = []
     for name in sorted(_points("ringcore.kernels")):
-        if not _concerns(name, q):
+        if elsewhere := _elsewhere(*_place(name), q):
+            passed.append(f"{name}: {elsewhere}")
             continue
         found = _loaded(name, sharers)
         if isinstance(found, RingcoreError):
@@ -101,11 +102,8 @@ def library(x: Array) -> str:
 def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | None:
     """What the kernels lack for this call, in words."""
     can = kernels.capabilities
-    if can.libraries and library(q) not in can.libraries:
-        return f"they take arrays of {', '.join(sorted(can.libraries))}, not of {library(q)}"
-    device = device_kind(q)
-    if can.devices and device not in can.devices:
-        return f"they compute on {', '.join(sorted(can.devices))}, not on {device}"
+    if elsewhere := _elsewhere(can.libraries, can.devices, q):
+        return elsewhere
     if dtype_name(q) not in can.dtypes:
         return f"they take {', '.join(sorted(can.dtypes))}, not {dtype_name(q)}"
     widths = q.shape[3], v.shape[3]
@@ -125,10 +123,21 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
     return None
 
 
-def _concerns(name: str, q: Array) -> bool:
-    """Whether kernels of this name, "library" or "library.device" or "library.device.more", may take q."""
-    module, _, place = name.partition(".")
-    return module == library(q) and (not place or place.partition(".")[0] == device_kind(q))
+def _elsewhere(libraries: frozenset[str], devices: frozenset[str], q: Array) -> str | None:
+    """Why kernels for these libraries and kinds of device do not take q; an empty set is any."""
+    came, device = library(q), device_kind(q)
+    if libraries and came not in libraries:
+        return f"they take arrays of {', '.join(sorted(libraries))}, not of {came}"
+    if devices and device not in devices:
+        return f"they compute on {', '.join(sorted(devices))}, not on {device}"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _place(name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The library and the kind of device in a name: "library", "library.device" or "library.device.more"."""
+    module, *device = name.split(".")[:2]
+    return frozenset({module}), frozenset(device)
 
 
 def _named(name: str, sharers: int) -> Kernels:

@@ -23,7 +23,7 @@ LAYERS = {
     2: ("arrays", "protocols"),
     3: ("layout", "merge", "partition", "pieces", "schedule", "tile"),
     4: ("agreement", "arguments", "call", "discovery", "exchange", "local", "probation", "ring", "session"),
-    5: ("__init__", "api", "cli"),
+    5: ("__init__", "api", "cli", "explanation"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 PORTABLE = {"array_api_compat"}  # what layers 1 to 4 may import besides the standard library

@@ -133,13 +133,11 @@ def _like(stored: Stored, dtype: str | None = None) -> Array:
 
 
 def _kernels(options: AttendOptions, backend: Backend, arguments: Arguments, dtype: str, sharers: int) -> Kernels:
-    terms = {"bias": arguments.bias, "mask": arguments.mask, "softcap": arguments.score.softcap}
-    needs = frozenset(name for name, term in terms.items() if term is not None)
     q, v = (
         backend.enter(np.zeros((1, 1, 1, width), dtype=dtype_of(dtype)))
         for width in (arguments.q.shape[3], arguments.v.shape[3])
     )
-    return choose_kernels(options.kernels or backend.kernels, q, v, needs, sharers)[0]
+    return choose_kernels(options.kernels or backend.kernels, q, v, arguments.needs, sharers)[0]
 
 
 def _targets(options: AttendOptions, arguments: Arguments, dtype: str, rank: int) -> list[Target]:

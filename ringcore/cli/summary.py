@@ -12,6 +12,7 @@ from typing import Any
 
 from ringcore.cli.options import AttendOptions
 from ringcore.cli.request import Request
+from ringcore.explanation import transport_words
 from ringcore.protocols import Transport
 
 _STATUS = "/proc/self/status"
@@ -42,7 +43,7 @@ def share_note(share: Share) -> dict[str, Any]:
         "shard": share.shard,
         "peak": peak_memory(),
         "node": 0 if share.transport is None else share.transport.node,
-        "transport": _transport_words(share.transport),
+        "transport": "none" if share.transport is None else transport_words(share.transport),
         "sent": int(getattr(share.transport, "bytes_sent", 0)),
         "published": int(getattr(share.transport, "bytes_published", 0)),
     }
@@ -144,7 +145,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _transport_words(transport: Transport | None) -> str:
-    return "none" if transport is None else str(getattr(transport, "explain", type(transport).__name__))

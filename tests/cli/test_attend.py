@@ -1,6 +1,7 @@
 """``ringcore attend`` in one process: every option, both formats, all dtypes, against a dense oracle."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,3 +230,12 @@ def test_poison_that_is_hidden_stays_hidden(ringcore, tmp_path):
     came, _ = load(tmp_path / "o.safetensors")
     assert np.isfinite(came[:, :, :20]).all()
     assert np.isnan(came[:, :, 20:]).all()
+
+
+@pytest.mark.parametrize(("need", "option", "value"), [("window", "2,1", (2, 1)), ("softcap", "1.5", 1.5)])
+def test_kernels_without_what_the_call_needs_are_passed_over(attended, monkeypatch, need, option, value):
+    from ringcore_numpy import kernels
+
+    monkeypatch.setattr(kernels, "_CAPABILITIES", replace(kernels._CAPABILITIES, **{need: False}))
+    assert attended(qkv(), f"--{need}", option, **{need: value})["kernels"] == "reference"
+    assert attended(qkv(), "--force")["kernels"] == "numpy"

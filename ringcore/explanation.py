@@ -1,0 +1,93 @@
+"""Why a call runs as it does: who computes, why nobody better, and how blocks travel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ringcore.arguments import check_flag
+from ringcore.call import GRADIENTS, Call
+from ringcore.discovery import find_transport
+from ringcore.layout import Layout
+from ringcore.protocols import Kernels, Transport
+from ringcore.values import Array
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a call runs as it does; ``str`` of it gives one fact a line.
+
+    kernels: the name of those that compute. passed: "name: why not" of each that was passed over before them.
+    ring: where the ranks are and how blocks travel. layout: its name.
+    """
+
+    kernels: str
+    passed: tuple[str, ...]
+    ring: str
+    layout: str
+
+    def __str__(self) -> str:
+        facts = [("kernels", self.kernels), *(("", f"not {reason}") for reason in self.passed)]
+        facts += [("ring", self.ring), ("layout", self.layout)]
+        return "\n".join(f"{name:<9}{fact}" for name, fact in facts)
+
+
+def explain(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    wrt: Sequence[str] = (),
+    ring: Any = None,
+    ring_size: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    query_offset: int | Sequence[int] = 0,
+    key_lengths: Sequence[int] | None = None,
+    layout: str | Layout = "contiguous",
+    axes: str = "bhsd",
+    return_lse: bool = False,
+    kernels: Kernels | str | None = None,
+) -> Explanation:
+    """Which kernels `ring_attention` would use with these arguments, why not others, and how blocks would travel.
+
+    No attention is computed and nothing is sent, with two exceptions that the call itself would make: fused kernels
+    that were never used for such arrays are tried on a small tile; and making the ring of a communicator or process
+    group is collective, so that the first time every rank must be here. What only the ranks together can find wrong,
+    such as lengths that do not fit the layout, is not looked for.
+
+    Shapes and dtypes: as for `ring_attention`; the numbers in q, k, v, bias and mask do not matter.
+    wrt: of which inputs gradients will be wanted, as for `ring_attention_vjp`; where it is empty, of those tensors
+        that require grad. Torch's autocast is not applied: give tensors of the dtype that it would convert to.
+
+    Raises the errors of `ringcore.errors` that this rank's arguments alone give, UnsupportedError for kernels that
+    were asked for and cannot do the call.
+    """
+    check_flag("return_lse", return_lse)
+    recorded = zip(GRADIENTS, (q, k, v, bias), strict=True)
+    wrt = wrt or tuple(name for name, x in recorded if getattr(x, "requires_grad", False) is True)
+    call = Call(
+        "explain", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
+        query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes, kernels=kernels,
+        gradient=bool(wrt), wrt=wrt,
+    )  # fmt: skip
+    arguments, chosen, passed = call.choose(q, k, v, bias, mask)
+    where = f"local ring of {ring_size or 1} rank(s), all in this process"
+    if ring is not None:
+        transport = find_transport(ring)
+        if transport.size > 1:
+            transport.check(arguments.q, arguments.k, arguments.v)
+        where = transport_words(transport)
+    return Explanation(
+        chosen.capabilities.name, tuple(passed), where, layout if isinstance(layout, str) else layout.name
+    )
+
+
+def transport_words(transport: Transport) -> str:
+    """How blocks travel, in the transport's own words if it has some."""
+    return str(getattr(transport, "explain", type(transport).__name__))
