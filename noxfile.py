@@ -233,6 +233,14 @@ def cupy(session: nox.Session) -> None:
 
 @nox.session(name="torch-cuda", default=False)
 def torch_cuda(session: nox.Session) -> None:
-    """Torch on a GPU; fails without one."""
-    install(session, "test", *(session.posargs or [TORCH]))
+    """Torch on a GPU, by its own kernels and flash-attn-4; fails without one."""
+    install(session, "test,flash4", *(session.posargs or [TORCH]))
     pytest(session, CONFORMANCE, "--backend", "torch-cuda")
+    pytest(session, "tests/torch_adapter/gpu")
+
+
+@nox.session(name="torch-cuda-ring", default=False)
+def torch_cuda_ring(session: nox.Session) -> None:
+    """A ring of 2 GPUs over each other's memory; fails without them."""
+    install(session, "test", *(session.posargs or [TORCH]))
+    pytest(session, CONFORMANCE, "--backend", "torch-cuda", "--ring", "gloo", ranks=2, launcher="torchrun")

@@ -34,7 +34,7 @@ MUTANTS = (
     Mutant(
         "send buffer overwritten in flight: window of the caller's own arrays",
         "ringcore/session.py",
-        "        self.transport.retire()\n",
+        "        transport.retire()\n",
         "",
         f"{WORLD}/test_mpi_in_flight.py",
         "allocated",
