@@ -81,6 +81,7 @@ class PeerMemory:
         self._pushing: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._visiting: Region | None = None
         self._carried: Region | None = None
+        self._used: set[Any] = set()
         self._outgrown: list[Region | None] = []
         self._specs: Mapping[int, Sequence[Spec]] = {}
         self._slot = 0  # bytes of one slot for accumulators
@@ -153,9 +154,9 @@ class PeerMemory:
                     self._carried.handle.wait_signal(self._next, _TAKEN + (self._sent - 1 - slot) % 2, self._deadline)
         self._sent = self._received = 0
         self._next = None
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_stream(self._pulling)
-        stream.wait_stream(self._pushing)
+        for used in self._used:  # no other: a graph must not depend on a stream that is not in it
+            torch.cuda.current_stream(self._device).wait_stream(used)
+        self._used.clear()
 
     def home(self, move: Move, specs: Sequence[Spec]) -> Blocks:
         """What came home, once it has come, in memory that the next call overwrites."""
@@ -203,6 +204,7 @@ class PeerMemory:
     def _beside(self, stream: Any) -> Iterator[None]:
         """On ``stream``, after all that the caller's stream was given so far."""
         stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._used.add(stream)
         with torch.cuda.stream(stream):
             yield
 
