@@ -137,7 +137,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     found = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(),
-        "flash-attn-4": installed("flash-attn-4"), "command": " ".join(sys.argv), "results": results,
+        "flash-attn-4": installed("flash-attn-4"), "command": " ".join(Path(word).name for word in sys.argv), "results": results,
     }  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -241,7 +241,7 @@ def main() -> None:
         found = {
             "gpus": [torch.cuda.get_device_name(i) for i in range(SIZE)], "torch": torch.__version__,
             "cudnn": torch.backends.cudnn.version(), "flash-attn-4": installed("flash-attn-4"),
-            "command": " ".join(sys.argv), "results": results,
+            "command": " ".join(Path(word).name for word in sys.argv), "results": results,
         }  # fmt: skip
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     dist.destroy_process_group()

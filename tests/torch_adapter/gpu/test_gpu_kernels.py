@@ -131,8 +131,14 @@ def test_what_a_query_sees(name, keywords, size):
 
 
 def test_softcap_and_another_width_of_values():
-    check("torch.cuda.flash4", torch.bfloat16, (1, 4, 2, 200, 200, 64, 128), 2, "zigzag", causal=True, softcap=5.0)
-    check("torch.cuda.flash4", torch.bfloat16, (1, 4, 2, 200, 200, 192, 128), causal=True, dlse_too=False)
+    check("torch.cuda.flash4", torch.bfloat16, (1, 4, 2, 200, 200, 64, 64), 2, "zigzag", causal=True, softcap=5.0)
+    check("torch.cuda.flash4", torch.bfloat16, (1, 4, 4, 200, 200, 64, 128), 2, "zigzag", causal=True)
+    check("torch.cuda.flash4", torch.bfloat16, (1, 4, 4, 200, 200, 192, 128), causal=True, dlse_too=False)
+
+
+def test_gradients_of_grouped_heads_with_another_width_of_values_are_not_for_flash4():
+    with pytest.raises(UnsupportedError, match="failed on a small tile"):
+        check("torch.cuda.flash4", torch.bfloat16, (1, 4, 2, 200, 200, 64, 128))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
