@@ -92,8 +92,7 @@ def check_arguments(
 
 def swap_axes(x: Array, axes: str) -> Array:
     """[B, S, H, D] as [B, H, S, D] and back, if ``axes`` says so; a view where the library has views."""
-    xp = namespace(x)
-    return x if axes == "bhsd" else xp.permute_dims(x, (0, 2, 1, 3))
+    return x if axes == "bhsd" else namespace(x).permute_dims(x, (0, 2, 1, 3))
 
 
 def check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:

@@ -82,15 +82,20 @@ def autograd_adapter(kind: type) -> str | None:
 
     Its ``attend`` is like ``ring_attention``, but answers NotImplemented to arguments that must be refused.
     """
+    return _autograd_adapter(kind)
+
+
+# torch.compile calls it while it traces, and keeps the name. The decorator for this, in Torch, does nothing else.
+autograd_adapter._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=64)
+def _autograd_adapter(kind: type) -> str | None:
     modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
     for name, point in _points("ringcore.autograd").items():
         if name in modules:
             return str(_load(point).__name__)
     return None
-
-
-# torch.compile calls it while it traces, and keeps the name. The decorator for this, in Torch, does nothing else.
-autograd_adapter._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library(x: Array) -> str:
