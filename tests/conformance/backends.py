@@ -10,8 +10,11 @@ from inspect import signature
 from typing import Any
 
 import numpy as np
+from cases import Case, fused_cases, half_cases, half_layout_cases
 
 import ringcore
+
+Cases = Callable[[tuple[int, ...]], list[Case]]
 
 INPUTS = ("q", "k", "v")
 
@@ -21,8 +24,7 @@ class Backend:
 
     name = "numpy"
     kernels: str | None = None
-    half_types = True
-    fused = False  # whether it has fused kernels of half types, which take some widths alone
+    further_cases: tuple[Cases, ...] = (half_cases,)
 
     def make(self, x: np.ndarray) -> Any:
         """A NumPy array as this library's."""
@@ -37,7 +39,7 @@ class Strict(Backend):
     """array-api-strict on a device that is not its default, where any use of the default fails."""
 
     name = "strict"
-    half_types = False  # the standard has none
+    further_cases = ()  # the standard has no half types
 
     @cached_property
     def xp(self) -> Any:
@@ -58,6 +60,7 @@ class Torch(Backend):
 
     name = "torch"
     device = "cpu"
+    further_cases = (half_cases, half_layout_cases)
 
     def make(self, x: np.ndarray) -> Any:
         import torch
@@ -80,7 +83,7 @@ class TorchCuda(Torch):
 
     name = "torch-cuda"
     device = "cuda"
-    fused = True
+    further_cases = (half_cases, half_layout_cases, fused_cases)
 
     def __init__(self) -> None:
         import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from backends import BACKENDS, RINGS
-from cases import RING_SIZES, every_case, few_cases, fused_cases, half_cases, pairwise_cases
+from cases import RING_SIZES, every_case, few_cases, pairwise_cases
 
 
 def pytest_addoption(parser):
@@ -36,8 +36,6 @@ def pytest_generate_tests(metafunc):
         "few": lambda: few_cases(tuple(size for size in sizes if size <= 3)),
     }
     cases = choose[metafunc.config.getoption("--cases")]()
-    if BACKENDS[metafunc.config.getoption("--backend")].half_types:
-        cases += half_cases(sizes)
-    if BACKENDS[metafunc.config.getoption("--backend")].fused:
-        cases += fused_cases(sizes)
+    for further in BACKENDS[metafunc.config.getoption("--backend")].further_cases:
+        cases += further(sizes)
     metafunc.parametrize("case", list(dict.fromkeys(cases)), ids=str)
