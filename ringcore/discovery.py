@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ringcore import merge as _arithmetic
 from ringcore.errors import KeywordError, MissingDependency, RingcoreError, UnsupportedError
+from ringcore.merge import StandardArithmetic
 from ringcore.partial import device_kind, dtype_name
 from ringcore.probation import fault
 from ringcore.protocols import Arithmetic, Kernels, Transport
@@ -56,7 +56,7 @@ def choose_kernels(
 def find_arithmetic(q: Array) -> Arithmetic:
     """What merges and finishes partials of q's library: an adapter's own, or the array API standard's."""
     point = _points("ringcore.arithmetic").get(library(q))
-    return _arithmetic if point is None else _loaded_arithmetic(point.name)
+    return StandardArithmetic() if point is None else _loaded_arithmetic(point.name)
 
 
 def find_transport(ring: Any) -> Transport:

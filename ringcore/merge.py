@@ -81,6 +81,14 @@ def finished_lse(maximum: Array, total: Array, empty: float) -> Array:
     return xp.where(seen, maximum + xp.log(xp.where(seen, total, 1.0)), empty)
 
 
+class StandardArithmetic:
+    """How partials of any library are merged and finished; see `ringcore.protocols.Arithmetic`."""
+
+    merge_rows = staticmethod(merge_rows)
+    finished = staticmethod(finished)
+    finished_lse = staticmethod(finished_lse)
+
+
 def fields(partial: Partial) -> tuple[Array, Array, Array]:
     """weighted, maximum and total."""
     return partial.weighted, partial.maximum, partial.total

@@ -12,13 +12,14 @@ from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
 
-from ringcore import merge
 from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
-from ringcore.merge import empty_partial, fields
+from ringcore.merge import StandardArithmetic, empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
 from ringcore.protocols import Arithmetic, Kernels
 from ringcore.values import Array, Begin, Blocks, Finish, Gradients, Move, Plan, Score, Spec, Tile, namespace
+
+_STANDARD = StandardArithmetic()
 
 Loop: TypeAlias = Generator[Begin | Finish, Any, Blocks | None]
 
@@ -102,7 +103,7 @@ class ForwardWork:
 
     def __init__(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
-        *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic = merge,
+        *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic = _STANDARD,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
         self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
