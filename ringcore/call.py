@@ -131,7 +131,7 @@ class Call:
         needs = arguments.needs
         if self.gradient:
             _check_wrt(self.wrt, bias)
-            needs |= {"gradient", "gradient of a bias"} if "bias" in self.wrt else {"gradient"}
+            needs |= {"gradient", "bias_gradient"} if "bias" in self.wrt else {"gradient"}
         sharers = 1 if self.ring is None else find_transport(self.ring).sharers
         chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, needs, sharers)
         return arguments, chosen, passed

@@ -120,11 +120,9 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
         )
     if can.equal_heads and widths[0] != widths[1]:
         return f"their k and v are equally wide, but this call has {widths[0]} and {widths[1]} columns"
-    if can.fused and "gradient of a bias" in needs:
-        return "they give no gradient of a bias"
-    for need in sorted(needs - {"gradient of a bias"}):
+    for need in sorted(needs):
         if not getattr(can, need):
-            return f"they have no {need}"
+            return f"they have no {need.replace('_', ' ')}"
     return None
 
 

@@ -240,6 +240,11 @@ class Capabilities:
     head_multiple: int = 1
     equal_heads: bool = False
 
+    @property
+    def bias_gradient(self) -> bool:
+        """Whether the gradients that they give include that of a bias; what fused kernels return has none."""
+        return not self.fused
+
 
 @dataclass(frozen=True)
 class Begin:
