@@ -19,7 +19,14 @@ from ringcore.partial import device_kind
 from ringcore.protocols import Transport
 
 Checked = TypeVar("Checked")
-Note = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a rank tells the others of its call: ``common``, JSON that must be equal on all, and its own lengths."""
+
+    common: bytes
+    lengths: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -38,33 +45,35 @@ def agree(transport: Transport, check: Callable[[], tuple[Checked, Note]]) -> tu
     in anything but the local lengths.
     """
     failure: Exception | None = None
+    head: dict[str, Any] = {"name": os.urandom(8).hex()}
+    common = b""
     try:
         checked, note = check()
+        head["lengths"], common = note.lengths, note.common
     except Exception as error:  # whatever is wrong here, the peers must hear of it before this rank leaves
-        failure, note = error, {"error": f"{type(error).__name__}: {error}"}
-    note = {**note, "name": os.urandom(8).hex()}
-    notes = [json.loads(answer) for answer in transport.gather(json.dumps(note).encode())]
+        failure, head["error"] = error, f"{type(error).__name__}: {error}"
+    answers = [answer.split(b"\n", 1) for answer in transport.gather(json.dumps(head).encode() + b"\n" + common)]
     if failure is not None:
         raise failure
-    for rank, other in enumerate(notes):
+    heads = [json.loads(answer[0]) for answer in answers]
+    for rank, other in enumerate(heads):
         if "error" in other:
             raise PeerError(f"rank {rank} refused the call, so rank {transport.rank} did too: {other['error']}")
-    lengths = [other.pop("lengths", (0, 0)) for other in notes]
-    names = [other.pop("name") for other in notes]
-    for rank, other in enumerate(notes):
-        _compare(notes[0], other, rank)
-    q_lengths, k_lengths = zip(*lengths, strict=True)
-    return checked, Agreed(tuple(q_lengths), tuple(k_lengths), names[0])
+    for rank, (_, other) in enumerate(answers):
+        if other != answers[0][1]:
+            _explain(json.loads(answers[0][1]), json.loads(other), rank)
+    q_lengths, k_lengths = zip(*(other["lengths"] for other in heads), strict=True)
+    return checked, Agreed(tuple(q_lengths), tuple(k_lengths), heads[0]["name"])
 
 
-def note_of(call: str, arguments: Arguments, **further: Any) -> Note:
-    """What must be equal on all ranks of a call, plus this rank's lengths."""
+def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
+    """What must be equal on all ranks of a call, as JSON."""
     q, k, v = arguments.q, arguments.k, arguments.v
     columns = {
         f"{name} columns": f"no {name}" if term is None else term.shape[3]
         for name, term in (("bias", arguments.bias), ("mask", arguments.mask))
     }
-    return {
+    note = {
         "call": call,
         "batch": q.shape[0],
         "heads": q.shape[1],
@@ -82,11 +91,11 @@ def note_of(call: str, arguments: Arguments, **further: Any) -> Note:
         "layout": _layout_note(arguments.layout),
         **columns,
         **further,
-        "lengths": (q.shape[2], k.shape[2]),
     }
+    return json.dumps(note).encode()
 
 
-def _compare(due: Note, came: Note, rank: int) -> None:
+def _explain(due: dict[str, Any], came: dict[str, Any], rank: int) -> None:
     for name in {**due, **came}:
         if due.get(name) != came.get(name):
             raise AgreementError(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import array_api_compat
 
-from ringcore.agreement import Agreed, Note, agree, note_of
+from ringcore.agreement import Agreed, Note, agree, common_of
 from ringcore.arguments import (
     Arguments,
     check_arguments,
@@ -21,7 +21,7 @@ from ringcore.arguments import (
 from ringcore.discovery import choose_kernels, find_arithmetic, find_transport, library
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, TransportError
 from ringcore.layout import Layout
-from ringcore.partial import Partial, dtype_name
+from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.protocols import Kernels
 from ringcore.ring import BackwardWork, ForwardWork
 from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
@@ -81,8 +81,11 @@ class Call:
             further(arguments)
             if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
-            wanted = sorted(self.wrt) if self.gradient else None
-            return (arguments, known), note_of(self.name, arguments, wrt=wanted)
+            if known.common is None:
+                wanted = sorted(self.wrt) if self.gradient else None
+                fused = known.kernels.capabilities.fused if self.gradient else None  # it decides how gradients travel
+                known.common = common_of(self.name, arguments, wrt=wanted, **{"whether kernels are fused": fused})
+            return (arguments, known), Note(known.common, (arguments.q.shape[2], arguments.k.shape[2]))
 
         if getattr(transport, "capturing", bool)():
             # What a graph replays is what the ranks agreed on before; nothing of the host is in it.
@@ -141,12 +144,14 @@ class Call:
 class Known:
     """What a call found out about arrays of one signature; it holds none of them.
 
-    local: where it runs without a ring of processes. agreed: what the ranks of a ring agreed on, by their lengths.
+    local: where it runs without a ring of processes. common: what the ranks of a ring must have in common; agreed: what
+    they agreed on, by their lengths.
     """
 
     arguments: Arguments
     kernels: Kernels
     local: LocalSession | None = None
+    common: bytes | None = None
     agreed: dict[tuple[tuple[int, ...], tuple[int, ...]], Agreed] = field(default_factory=dict)
 
 
@@ -181,11 +186,11 @@ class Prepared:
         )
         terms = within_range(arguments.bias, arguments.q), arguments.mask
         biases, masks = (split_term(session, term, len(qs)) for term in terms)
-        self._arithmetic = find_arithmetic(arguments.q)
+        arithmetic = find_arithmetic(arguments.q)
         self._works = [
             ForwardWork(
                 *parts, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths,
-                arithmetic=self._arithmetic,
+                arithmetic=arithmetic,
             )
             for parts in zip(qs, ks, vs, biases, masks, strict=True)
         ]  # fmt: skip
@@ -203,10 +208,9 @@ class Prepared:
     def _forward(self, keep_wide: bool) -> Result:
         session, layout, dtype = self.session, self.session.deal.q_layout, self.arguments.q.dtype
         session.run(self._works)
-        partials = [work.take_result() for work in self._works]
-        maximum, total = (session.join([getattr(p, name) for p in partials], layout) for name in ("maximum", "total"))
-        kept = maximum.dtype if keep_wide else dtype
-        wide = session.join([self._arithmetic.finished(partial, kept) for partial in partials], layout)
+        kept = accumulation_dtype(self.arguments.q) if keep_wide else dtype
+        finished = [work.finish(kept) for work in self._works]
+        wide, maximum, total = (session.join(parts, layout) for parts in zip(*finished, strict=True))
         return Result(namespace(wide).astype(wide, dtype, copy=False), wide, maximum, total)
 
     def _backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
@@ -223,15 +227,14 @@ class Prepared:
         ]
         carried = session.run(backward)
         xp = namespace(dout)
+        shares = {"q": [work.take_dq() for work in backward]} if "q" in wrt else {}
+        for place, name in enumerate(name for name in ("k", "v") if name in wrt):
+            shares[name] = [blocks[place] for blocks in carried if blocks is not None]
         gradients: dict[str, Array] = {}
-        for place, home in enumerate(name for name in ("k", "v") if name in wrt):
-            parts = [blocks[place] for blocks in carried if blocks is not None]
-            gradients[home] = session.join(parts, deal.k_layout)
-        if "q" in wrt:
-            gradients["q"] = session.join([work.take_dq() for work in backward], deal.q_layout)
-        for name, like in (("q", arguments.q), ("k", arguments.k), ("v", arguments.v)):
-            if name in wrt:
-                gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)
+        for name, parts in shares.items():
+            like, layout = getattr(arguments, name), deal.q_layout if name == "q" else deal.k_layout
+            whole = session.join([xp.astype(part, like.dtype, copy=False) for part in parts], layout)
+            gradients[name] = swap_axes(whole, axes)
         if "bias" in wrt and arguments.bias is not None:
             whole = join_term(session, [work.dbias for work in backward], arguments.bias)
             gradients["bias"] = xp.reshape(xp.astype(whole, arguments.bias.dtype, copy=False), arguments.bias_shape)

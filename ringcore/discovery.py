@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -64,17 +65,24 @@ def find_transport(ring: Any) -> Transport:
 
     Raises KeywordError if nothing knows this kind of object.
     """
+    kind: type = type(ring)
+    adapt = _transport_adapter(kind)
+    if adapt is not None:
+        transport: Transport = adapt(ring)
+        return transport
     if isinstance(ring, Transport):
         return ring
-    points = _points("ringcore.transports")
-    module = type(ring).__module__.partition(".")[0]
-    if module not in points:
-        raise KeywordError(
-            f"ring is a {type(ring).__module__}.{type(ring).__qualname__}; it must be a transport or a communicator "
-            f"of {', '.join(sorted(points)) or 'an installed adapter (there is none)'}."
-        )
-    transport: Transport = _load(points[module])(ring)
-    return transport
+    raise KeywordError(
+        f"ring is a {type(ring).__module__}.{type(ring).__qualname__}; it must be a transport or a communicator "
+        f"of {', '.join(sorted(_points('ringcore.transports'))) or 'an installed adapter (there is none)'}."
+    )
+
+
+@lru_cache(maxsize=64)
+def _transport_adapter(kind: type) -> Callable[[Any], Transport] | None:
+    """What makes transports of objects of this type, if their library has an adapter."""
+    point = _points("ringcore.transports").get(kind.__module__.partition(".")[0])
+    return None if point is None else _load(point)
 
 
 def autograd_adapter(kind: type) -> str | None:

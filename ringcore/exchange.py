@@ -8,7 +8,7 @@ from typing import Any
 from ringcore.arrays import slice_of
 from ringcore.protocols import OneSided, Pending, Transport
 from ringcore.ring import Loop
-from ringcore.values import Array, Begin, Blocks, Move, Spec
+from ringcore.values import Array, Begin, Blocks, Move, Plan, Spec
 
 
 def run_rank(loop: Loop, transport: Transport) -> Blocks | None:
@@ -27,10 +27,13 @@ def run_rank(loop: Loop, transport: Transport) -> Blocks | None:
 
 
 class InPlace:
-    """A transport that reads published visiting blocks where they lie, and sends the rest as messages."""
+    """A transport that reads published visiting blocks where they lie, and sends the rest as messages.
 
-    def __init__(self, transport: OneSided) -> None:
-        self.transport = transport
+    plan: says which rows of a block this rank reads.
+    """
+
+    def __init__(self, transport: OneSided, plan: Plan) -> None:
+        self.transport, self.plan = transport, plan
         self.rank, self.size, self.node, self.sharers = (
             transport.rank,
             transport.size,
@@ -61,7 +64,9 @@ class InPlace:
             return self.transport.exchange(kind, sends, receives)
         reaches = self.transport.reaches
         fetched = {
-            move: self.transport.fetch(move.block, None if move.rows is None else slice_of(move.rows))
+            move: self.transport.fetch(
+                move.block, None if move.rows is None else slice_of(move.rows), self.plan.seen(move.block)
+            )
             for move, _ in receives
             if reaches(self.rank, move.block)
         }

@@ -66,12 +66,19 @@ def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:
     return Partial(*(put(x, rows, new) for x, new in zip(fields(state), fields(merged), strict=True)))
 
 
-def finished(partial: Partial, dtype: Any) -> Array:
-    """``partial.out`` in ``dtype``; the buffers of ``partial.weighted`` are used up."""
+def finished(
+    partial: Partial, dtype: Any, last: tuple[tuple[Any, ...], Partial] | None = None
+) -> tuple[Array, Array, Array]:
+    """out in ``dtype``, maximum and total, of ``partial`` with ``last`` merged in: an index of rows, and their partial.
+
+    The buffers of ``partial`` are used up.
+    """
+    if last is not None:
+        partial = merge_rows(partial, *last)
     xp, out = namespace(partial.weighted), partial.weighted
     if out.dtype == partial.total.dtype:  # else a fused kernel's, untouched: each total is 1, or 0 over a row of 0
         out /= xp.where(partial.seen, partial.total, 1.0)[..., None]
-    return xp.astype(out, dtype, copy=False)
+    return xp.astype(out, dtype, copy=False), partial.maximum, partial.total
 
 
 def finished_lse(maximum: Array, total: Array, empty: float) -> Array:

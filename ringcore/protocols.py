@@ -80,7 +80,7 @@ class Arithmetic(Protocol):
         ...
 
     @property
-    def finished(self) -> Callable[[Partial, Any], Array]:
+    def finished(self) -> Callable[..., tuple[Array, Array, Array]]:
         """As `ringcore.merge.finished`."""
         ...
 
@@ -153,8 +153,11 @@ class OneSided(Transport, Protocol):
         """
         ...
 
-    def fetch(self, owner: int, rows: slice | None) -> Blocks:
-        """The blocks that ``owner`` published; never written to, and there once the next exchange was waited for."""
+    def fetch(self, owner: int, rows: slice | None, seen: slice | None = None) -> Blocks:
+        """The blocks that ``owner`` published; never written to, and there once the next exchange was waited for.
+
+        rows: of the whole block, None is all. seen: those of ``rows`` that are ever read; others may hold anything.
+        """
         ...
 
     def retire(self) -> None:

@@ -108,6 +108,7 @@ class ForwardWork:
         self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
         self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
         self.state: Partial | None = None
+        self.last: tuple[tuple[Any, ...], Partial] | None = None
 
     def visiting(self) -> Blocks:
         """k [B, Hk, T, D] and v [B, Hk, T, E]."""
@@ -128,11 +129,11 @@ class ForwardWork:
             rows, whole = row_index(tile), _covers(self.q, tile)
             if not whole and self.state is None:
                 self.state = empty_partial(self.q, v.shape[-1])
-            state = self.state
             if self.fused:
-                part = self._forward(k, v, tile)
-                self.state = part if state is None else self.arithmetic.merge_rows(state, rows, part)
-            elif whole or state is None:
+                self._visit_fused(k, v, tile)
+                continue
+            state = self.state
+            if whole or state is None:
                 self.state = self._forward(k, v, tile, state=state)
             else:
                 piece = Partial(*(x[rows] for x in fields(state)))
@@ -141,6 +142,17 @@ class ForwardWork:
                     new = zip(fields(state), fields(part), strict=True)
                     self.state = Partial(*(put(x, rows, value) for x, value in new))
         return ()
+
+    def _visit_fused(self, k: Array, v: Array, tile: Tile) -> None:
+        """Merge what came before; the tile's own partial waits: the last one is merged as the sums are divided."""
+        if self.state is not None and self.last is not None:
+            self.state = self.arithmetic.merge_rows(self.state, *self.last)
+            self.last = None
+        part = self._forward(k, v, tile)
+        if self.state is None:
+            self.state = part
+        else:
+            self.last = row_index(tile), part
 
     @property
     def fused(self) -> bool:
@@ -161,10 +173,13 @@ class ForwardWork:
         """Never called: nothing is carried."""
         raise NotImplementedError
 
-    def take_result(self) -> Partial:
-        """The partial of q's rows over all keys that visited, which from now on is the caller's alone."""
-        state, self.state = self.state, None
-        return state or empty_partial(self.q, self.v.shape[-1])
+    def finish(self, dtype: Any) -> tuple[Array, Array, Array]:
+        """Of q's rows over all keys that visited: out [B, H, S, E] in ``dtype``, maximum and total [B, H, S].
+
+        From now on they are the caller's alone.
+        """
+        state, last, self.state, self.last = self.state, self.last, None, None
+        return self.arithmetic.finished(state or empty_partial(self.q, self.v.shape[-1]), dtype, last)
 
 
 class BackwardWork:
@@ -182,6 +197,7 @@ class BackwardWork:
         self.delta: Array | None = None
         self.rows: dict[str, Array | None] = {}
         self.dq = self.dbias = None
+        self.sum = Sum(forward.q)
         if forward.fused:
             self.rows = {"out": out, "lse": forward.arithmetic.finished_lse(maximum, total, math.inf), "dlse": dlse}
             return
@@ -199,7 +215,7 @@ class BackwardWork:
 
     def carried_specs(self, move: Move) -> tuple[Spec, ...]:
         """dk and dv of the block's owner, those of them that are wanted."""
-        return tuple(_block_spec(x, accumulation_dtype(x), self.forward.lengths, move) for x in self._carried())
+        return tuple(_block_spec(x, self._carried_dtype(x), self.forward.lengths, move) for x in self._carried())
 
     def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
         """Add to dq and dbias; the tiles' shares of dk and dv."""
@@ -224,20 +240,34 @@ class BackwardWork:
         return tuple(x for x in (dk, dv) if x is not None)
 
     def _visit_fused(self, k: Array, v: Array, tiles: Sequence[Tile]) -> Blocks:
-        """Add the gradients that the kernels return; one that fills its array is taken as it is."""
-        sums: dict[str, Array | None] = {"k": None, "v": None}
+        """Add the gradients that the kernels return."""
+        sums = {"q": self.sum, "k": Sum(k), "v": Sum(v)}
         for tile in self.forward.pieces(tiles):
-            rows, keys = row_index(tile), key_index(tile)
+            for name in self.wanted:
+                sums[name].settle()
             gained = self._backward(k, v, tile, Gradients())
-            if "q" in self.wanted:
-                self.dq = _gathered(self.dq, rows, gained.dq, self.forward.q)
-            for name, x, gradient in (("k", k, gained.dk), ("v", v, gained.dv)):
+            found = (
+                ("q", row_index(tile), gained.dq),
+                ("k", key_index(tile), gained.dk),
+                ("v", key_index(tile), gained.dv),
+            )
+            for name, index, part in found:
                 if name in self.wanted:
-                    sums[name] = _gathered(sums[name], keys, gradient, x)
-        found = (
-            _zeros(x) if sums[name] is None else sums[name] for name, x in (("k", k), ("v", v)) if name in self.wanted
+                    sums[name].add(index, part)
+        share = tuple(sums[name].take() for name in ("k", "v") if name in self.wanted)
+        if k is self.forward.k and len(self.forward.lengths) <= 2:  # one other share at most is added to it
+            return share
+        return tuple(
+            namespace(x).astype(x, self._carried_dtype(like), copy=False)
+            for x, like in zip(share, self._carried(), strict=True)
         )
-        return tuple(map(self._to_travel, found))
+
+    def _carried_dtype(self, x: Array) -> Any:
+        """The dtype in which a gradient of x travels.
+
+        Where two ranks share in it, it is one kernel's result and is added once: it may stay in a half type.
+        """
+        return x.dtype if self.forward.fused and len(self.forward.lengths) == 2 else accumulation_dtype(x)
 
     def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients) -> Gradients:
         forward = self.forward
@@ -251,11 +281,7 @@ class BackwardWork:
 
     def take_dq(self) -> Array:
         """The gradient of q [B, H, S, D], once all blocks have visited."""
-        return self._to_travel(_zeros(self.forward.q) if self.dq is None else self.dq)
-
-    def _to_travel(self, x: Array) -> Array:
-        """x in its accumulation dtype, where others are added to it or stand beside it."""
-        return _widened(x) if len(self.forward.lengths) > 1 else x
+        return self.sum.take() if self.forward.fused else self.dq
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """The sums, in the order in which the block visited."""
@@ -266,6 +292,43 @@ class BackwardWork:
 
     def _carried(self) -> list[Array]:
         return [x for name, x in (("k", self.forward.k), ("v", self.forward.v)) if name in self.wanted]
+
+
+class Sum:
+    """The sum of a gradient's parts, each of some of its rows.
+
+    One part of all rows is taken as it is, also in a half type. The last part is added when the sum is taken: two in a
+    half type are then rounded once, as their sum in the accumulation dtype would be.
+    """
+
+    def __init__(self, like: Array) -> None:
+        self._like = like
+        self._total: Array | None = None
+        self._last: tuple[tuple[Any, ...], Array] | None = None
+
+    def settle(self) -> None:
+        """Add what was kept for the last, which it is not."""
+        if self._last is not None:
+            self._total = add(_widened(self._started()), *self._last)
+            self._last = None
+
+    def add(self, index: tuple[Any, ...], part: Array) -> None:
+        """One part more, of the rows at ``index``."""
+        self.settle()
+        if self._total is None and part.shape == self._like.shape:
+            self._total = part
+        else:
+            self._last = index, part
+
+    def take(self) -> Array:
+        """The sum, in the dtype of its parts if they are two at most, else in the accumulation dtype."""
+        if self._last is None:
+            return self._started()
+        total, (_, part) = self._started(), self._last
+        return add(total if total.dtype == part.dtype else _widened(total), *self._last)
+
+    def _started(self) -> Array:
+        return _zeros(self._like) if self._total is None else self._total
 
 
 def _rows(blocks: Blocks, rows: range | None) -> Blocks:
@@ -297,13 +360,6 @@ def _delta(dout: Array, out: Array, dlse: Array | None) -> Array:
 def _zeros(x: Array) -> Array:
     xp = namespace(x)
     return xp.zeros(x.shape, dtype=accumulation_dtype(x), device=array_api_compat.device(x))
-
-
-def _gathered(total: Array | None, index: tuple[Any, ...], part: Array, like: Array) -> Array:
-    """The sum of ``total`` and of ``part`` at the index, in the accumulation dtype unless it is one part alone."""
-    if total is None and part.shape == like.shape:
-        return part
-    return add(_zeros(like) if total is None else _widened(total), index, part)
 
 
 def _widened(x: Array) -> Array:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, cast
 
 from ringcore.agreement import Agreed, Note, agree
 from ringcore.arguments import Arguments, check_columns
@@ -110,20 +111,23 @@ class ProcessSession:
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run this rank's loop; blocks of ranks that share memory are read in place."""
         (work,) = works
-        loop = ring(self.deal.plans[self.transport.rank], work)
+        plan = self.deal.plans[self.transport.rank]
+        loop = ring(plan, work)
         transport = self.transport
-        if transport.size == 1 or not isinstance(transport, OneSided) or not self._published(transport, work):
-            return [run_rank(loop, transport)]
-        result = run_rank(loop, InPlace(transport))
-        transport.retire()
-        return [result]
+        if transport.size > 1 and _is_one_sided(type(transport)):
+            reader = cast(OneSided, transport)
+            if self._published(reader, work):
+                result = run_rank(loop, InPlace(reader, plan))
+                reader.retire()
+                return [result]
+        return [run_rank(loop, transport)]
 
     def check(self, check: Callable[[], None], name: str) -> None:
         """Run the check on every rank and agree that it passed."""
 
         def checked() -> tuple[None, Note]:
             check()
-            return None, {"call": name, f"the call that this {name} belongs to": self.call}
+            return None, Note(json.dumps({"call": name, f"the call that this {name} belongs to": self.call}).encode())
 
         agree(self.transport, checked)
 
@@ -142,6 +146,12 @@ class ProcessSession:
             {move.block: specs(move) for move in owners} for specs in (work.visiting_specs, work.carried_specs)
         )
         return transport.publish(work.visiting(), specs, carried if any(carried.values()) else None)
+
+
+@lru_cache(maxsize=16)
+def _is_one_sided(kind: type) -> bool:
+    """Whether transports of this type are `OneSided`: asked at every call, and a protocol answers slowly."""
+    return all(hasattr(kind, name) for name in ("reaches", "publish", "fetch", "retire"))
 
 
 def _visibility(arguments: Arguments, keys: int) -> Visibility:

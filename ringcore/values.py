@@ -175,6 +175,11 @@ class Plan:
         """All tiles of the plan, in order."""
         return tuple(tile for step in self.steps for tile in step.tiles)
 
+    def seen(self, block: int) -> slice:
+        """The rows of a visiting block from the first to the last that a tile of this rank reads."""
+        columns = [tile.columns for step in self.steps if step.block == block for tile in step.tiles]
+        return slice(min((c.start for c in columns), default=0), max((c.stop for c in columns), default=0))
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -132,7 +132,7 @@ class MpiTransport:
                 self.bytes_published += sum(map(size_of, specs[self.rank]))
             return published
 
-    def fetch(self, owner: int, rows: slice | None) -> Blocks:
+    def fetch(self, owner: int, rows: slice | None, seen: slice | None = None) -> Blocks:
         """The blocks that ``owner`` published, in place; NumPy arrays are read-only, do not write to Torch's."""
         self._line.check()
         return self._sharing.fetch(owner, rows)

@@ -13,10 +13,12 @@ _NUMBERS = 1024  # of lse that one program makes
 _COLUMNS = 128  # of a row that a program holds at a time
 
 
-def merge_into(state: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) -> None:
+def merge_into(state: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...], finish: bool = False) -> None:
     """weighted [B, H, S, E], maximum and total [B, H, S] of ``part`` merged into those of ``state``, in place.
 
     Any strides, but for the last axis of both weighted, which has no gaps. ``part``'s weighted may be of a half type.
+    finish: weighted is divided by the totals, which all are and stay 1, and may be of a half type in ``state`` too;
+    maximum becomes lse.
     """
     weighted, maximum, total = state
     batch, heads, rows, width = weighted.shape
@@ -24,7 +26,7 @@ def merge_into(state: tuple[torch.Tensor, ...], part: tuple[torch.Tensor, ...]) 
     if weighted.numel():
         _merge[(blocks * heads * batch,)](
             weighted, maximum, total, *part, blocks, heads, rows, width, *_strides(*state), *_strides(*part),
-            block=_ROWS, columns=_columns(width),
+            finish=finish, block=_ROWS, columns=_columns(width),
         )  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def _place(blocks, heads, block: tl.constexpr) -> Any:  # type: ignore[no-untype
 def _merge(  # type: ignore[no-untyped-def]
     weighted, maximum, total, part_weighted, part_maximum, part_total, blocks, heads, rows, width,
     wb, wh, ws, mb, mh, ms, tb, th, ts, pwb, pwh, pws, pmb, pmh, pms, ptb, pth, pts,
-    block: tl.constexpr, columns: tl.constexpr,
+    finish: tl.constexpr, block: tl.constexpr, columns: tl.constexpr,
 ) -> Any:  # fmt: skip
     batch, head, row = _place(blocks, heads, block)
     inside = row < rows
@@ -88,17 +90,25 @@ def _merge(  # type: ignore[no-untyped-def]
     old, new = tl.exp(old_maximum - reference), tl.exp(new_maximum - reference)
     # What stands under a row that saw no key is never read into a sum: it may be NaN.
     old_seen, new_seen = old_maximum > float("-inf"), new_maximum > float("-inf")
+    sums = old_total * old + new_total * new
+    seen = old_seen | new_seen
+    if finish:
+        divisor = tl.where(seen, tl.where(old_seen, old, 0.0) + tl.where(new_seen, new, 0.0), 1.0)
+        old, new = old / divisor, new / divisor
+        largest = tl.where(seen, reference + tl.log(divisor), float("-inf"))
     weighted += batch * wb + head * wh + row[:, None] * ws
     part_weighted += batch * pwb + head * pwh + row[:, None] * pws
     for start in range(0, width, columns):
         column = start + tl.arange(0, columns)[None, :]
         place = inside[:, None] & (column < width)
-        mine = tl.load(weighted + column, place & old_seen[:, None], 0.0)
-        theirs = tl.load(part_weighted + column, place & new_seen[:, None], 0.0).to(mine.dtype)
-        tl.store(weighted + column, mine * old[:, None] + theirs * new[:, None], place)
+        mine = tl.load(weighted + column, place & old_seen[:, None], 0.0).to(old.dtype)
+        theirs = tl.load(part_weighted + column, place & new_seen[:, None], 0.0).to(old.dtype)
+        merged = mine * old[:, None] + theirs * new[:, None]
+        tl.store(weighted + column, merged.to(weighted.dtype.element_ty), place)
     # Several threads have read the same statistics: none may be written before all have.
     tl.debug_barrier()
-    tl.store(total, old_total * old + new_total * new, inside)
+    if not finish:
+        tl.store(total, sums, inside)
     tl.store(maximum, largest, inside)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,10 +41,13 @@ def attend(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     text = text_of(**keywords, wrt=wrt)
-    if not wrt and _plain(given):
+    if not _plain(given):
+        out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text)
+    elif wrt:
+        out, lse, _, _ = _Recorded.apply(q, k, v, bias, mask, text)  # type: ignore[no-untyped-call]
+    else:
         out, result = _run(q, k, v, bias, mask, text)
-        return (out, finished_lse(result.maximum, result.total, -torch.inf)) if return_lse else out
-    out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text)
+        lse = finished_lse(result.maximum, result.total, -torch.inf) if return_lse else None
     return (out, lse) if return_lse else out
 
 
@@ -63,13 +66,16 @@ def _run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | No
     return _stored_as(_empty_out(q, v), out), result
 
 
-@torch.library.custom_op("ringcore::attend", mutates_args=())
-def _attend(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, keywords: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, maximum and total."""
     out, result = _run(q, k, v, bias, mask, keywords)
     maximum, total = result.maximum.contiguous(), result.total.contiguous()
     return out, finished_lse(maximum, total, -torch.inf), maximum, total
+
+
+_attend = torch.library.custom_op("ringcore::attend", _forward, mutates_args=())
 
 
 @_attend.register_fake
@@ -84,11 +90,11 @@ def _(
     return out, lse, maximum, total
 
 
-@torch.library.custom_op("ringcore::attend_backward", mutates_args=())
-def _attend_backward(
+def _backward(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
     mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
+    """The gradients of the names in ``wrt``."""
     names = tuple(wrt.split())
     call = call_of("the gradient of ring_attention", keywords, wrt=names)
     if dout is None:
@@ -102,6 +108,9 @@ def _attend_backward(
         found = prepared.backward(result, dout, dlse, names)
     memory = _empty_gradients(q, k, v, bias, names)
     return [_stored_as(empty, x) for empty, x in zip(memory, found, strict=True)]
+
+
+_attend_backward = torch.library.custom_op("ringcore::attend_backward", _backward, mutates_args=())
 
 
 @_attend_backward.register_fake
@@ -122,10 +131,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _pull_back(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Any, ...]:
+    return _gradients(torch.ops.ringcore.attend_backward, ctx, dout, dlse)
+
+
+def _gradients(
+    backward: Callable[..., list[Tensor]], ctx: Any, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Any, ...]:
+    """One gradient, or None, for each input of the operator."""
     wrt = [name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=False) if needed]
     if dout is None and dlse is None:
         return (None,) * 6
-    gradients = torch.ops.ringcore.attend_backward(dout, dlse, *ctx.saved_tensors, ctx.keywords, " ".join(wrt))
+    gradients = backward(dout, dlse, *ctx.saved_tensors, ctx.keywords, " ".join(wrt))
     found = dict(zip(wrt, gradients, strict=True))
     return *(found.get(name) for name in _INPUTS), None, None
 
@@ -136,6 +152,22 @@ def _refuse_double(ctx: Any, *_: Any) -> None:
 
 _attend.register_autograd(_pull_back, setup_context=_setup)
 _attend_backward.register_autograd(_refuse_double)
+
+
+class _Recorded(torch.autograd.Function):
+    """The operator without its dispatch, which takes the host longer than a short sequence takes a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """As the operator's."""
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Any, ...]:
+        """As the operator's, by which a graph of gradients is recorded: it refuses a second differentiation."""
+        return _gradients(torch.ops.ringcore.attend_backward if torch.is_grad_enabled() else _backward, ctx, dout, dlse)
 
 
 def _takes(x: Any, device: torch.device) -> bool:

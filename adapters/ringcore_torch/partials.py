@@ -47,17 +47,35 @@ def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:
     return state
 
 
-def finished(partial: Partial, dtype: torch.dtype) -> torch.Tensor:
-    """``partial.out`` in ``dtype``; the buffers of ``partial.weighted`` are used up."""
+def finished(
+    partial: Partial, dtype: torch.dtype, last: tuple[tuple[Any, ...], Partial] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out in ``dtype``, maximum and total of ``partial`` with ``last`` merged in.
+
+    The buffers of ``partial`` are used up.
+    """
+    if last is not None and not _finished_in_place(partial, dtype, *last):
+        partial = merge_rows(partial, *last)
     out: torch.Tensor = partial.weighted
-    if out.dtype != partial.total.dtype or _all_one(partial.total):
-        return out.to(dtype)  # a fused kernel's, untouched: each total is 1, or 0 over a row of 0
+    maximum, total = partial.maximum, partial.total
+    if out.dtype != total.dtype or _all_one(total):
+        return out.to(dtype), maximum, total  # a fused kernel's, untouched: each total is 1, or 0 over a row of 0
     one_pass = _one_pass(out)
     if one_pass is not None:
-        divided: torch.Tensor = one_pass.divided(out, partial.total, dtype)
-        return divided
-    out.div_(partial.total.masked_fill(~partial.seen, 1.0)[..., None])
-    return out.to(dtype)
+        return one_pass.divided(out, total, dtype), maximum, total
+    out.div_(total.masked_fill(~partial.seen, 1.0)[..., None])
+    return out.to(dtype), maximum, total
+
+
+def _finished_in_place(state: Partial, dtype: torch.dtype, rows: tuple[Any, ...], part: Partial) -> bool:
+    """Whether two finished partials became one in the memory of the first, with no copy in the accumulation dtype."""
+    if not (_all_one(state.total) and _all_one(part.total) and state.weighted.dtype == dtype):
+        return False
+    weighted, maximum, total = (x[rows] for x in (state.weighted, state.maximum, state.total))
+    one_pass = _one_pass(weighted, part.weighted)
+    if one_pass is not None:
+        one_pass.merge_into((weighted, maximum, total), (part.weighted, part.maximum, part.total), finish=True)
+    return one_pass is not None
 
 
 def finished_lse(maximum: torch.Tensor, total: torch.Tensor, empty: float) -> torch.Tensor:

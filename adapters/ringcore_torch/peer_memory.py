@@ -21,6 +21,7 @@ from ringcore_torch.circle import Circle
 # Signals of a pair of ranks, by what they say.
 _READY, _HOP, _HOME, _TAKEN = 0, 1, 2, 3  # and _TAKEN + 1: one for each of two slots
 _ALIGNED = 256  # bytes between the starts of tensors
+_KEPT = 64  # tensors in a region that are remembered: to make one takes the host as long as to launch a kernel
 
 Tensor = torch.Tensor
 
@@ -48,21 +49,33 @@ def check_reach(circle: Circle, device: torch.device) -> None:
 
 
 class Region:
-    """As much memory on every rank, in which every rank reads and writes."""
+    """As much memory on every rank, in which every rank reads and writes.
+
+    Blocks lie there as [B, S, H, D], whatever order they come in: so fused kernels like them, and rows are one piece.
+    """
 
     def __init__(self, group: Any, size: int, device: torch.device) -> None:
         self.size = size
         self.memory: Any = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
         self.handle: Any = symmetric_memory.rendezvous(self.memory, group)
+        self._known: dict[Any, tuple[Tensor, ...]] = {}
 
-    def blocks(self, rank: int, specs: Sequence[Spec], start: int = 0) -> list[Tensor]:
+    def blocks(self, rank: int, specs: Sequence[Spec], start: int = 0) -> tuple[Tensor, ...]:
         """Tensors like ``specs`` in the memory of ``rank``, from the byte ``start`` on."""
-        found = []
-        for spec in specs:
-            size = spec.dtype.itemsize
-            found.append(self.handle.get_buffer(rank, spec.shape, spec.dtype, start // size))
-            start += _room([spec])
+        key = rank, start, *((spec.shape, spec.dtype) for spec in specs)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            found = self._known[key] = tuple(self._made(rank, specs, start))
         return found
+
+    def _made(self, rank: int, specs: Sequence[Spec], start: int) -> Iterator[Tensor]:
+        for spec in specs:
+            batch, heads, rows, width = spec.shape
+            x = self.handle.get_buffer(rank, (batch, rows, heads, width), spec.dtype, start // spec.dtype.itemsize)
+            yield x.transpose(1, 2)
+            start += _room([spec])
 
 
 class PeerMemory:
@@ -76,6 +89,7 @@ class PeerMemory:
 
     def __init__(self, circle: Circle, group: Any, device: torch.device) -> None:
         self._circle, self._group, self._device = circle, group, device
+        self._index: Any = device.index  # Torch is slow to find the number of a device
         self._deadline = math.ceil(circle.timeout * 1000)
         self._pulling: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._pushing: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -104,24 +118,25 @@ class PeerMemory:
             # Every rank is done with what was published, and with what came home, before.
             self._visiting.handle.barrier(_READY, self._deadline)
             for mine, x in zip(self._visiting.blocks(self._circle.rank, specs[self._circle.rank]), blocks, strict=True):
-                mine.copy_(x)
+                _copy(mine, x)
             self._visiting.handle.barrier(_READY, self._deadline)
 
-    def fetch(self, owner: int, rows: slice | None) -> Blocks:
+    def fetch(self, owner: int, rows: slice | None, seen: slice | None) -> Blocks:
         """Begin to pull what ``owner`` published; it has arrived once `arrival`, begun after, was waited for."""
         if self._visiting is None:
             raise LookupError("nothing is published")
         theirs = self._visiting.blocks(owner, self._specs[owner])
-        theirs = theirs if rows is None else [x[:, :, rows] for x in theirs]
-        pulled = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in theirs)
+        theirs = theirs if rows is None else tuple(x[:, :, rows] for x in theirs)
+        pulled = tuple(_empty_like(x) for x in theirs)
+        wanted = slice(None) if seen is None else seen
         with self._beside(self._pulling):
             for mine, x in zip(pulled, theirs, strict=True):
-                mine.copy_(x)
+                _copy(mine[:, :, wanted], x[:, :, wanted])
         return pulled
 
     def arrival(self) -> Streamed:
         """What was fetched so far."""
-        return Streamed(self._pulling.record_event(), {}, ())
+        return Streamed(self._index, self._pulling.record_event(), {}, ())
 
     def exchange(
         self, sends: Sequence[tuple[Move, Blocks]], receives: Sequence[tuple[Move, Sequence[Spec]]]
@@ -139,11 +154,11 @@ class PeerMemory:
             for move, specs in receives:
                 self._carried.handle.wait_signal(move.peer, _HOP, self._deadline)
                 slot, self._received = self._received % 2, self._received + 1
-                arriving[move] = tuple(self._carried.blocks(self._circle.rank, specs, (1 + slot) * self._slot))
+                arriving[move] = self._carried.blocks(self._circle.rank, specs, (1 + slot) * self._slot)
                 self._taken = move.peer, slot
             for move, blocks in sends:
                 self._push(self._carried, move, blocks)
-        return Streamed(self._pushing.record_event(), arriving, tuple(blocks for _, blocks in sends))
+        return Streamed(self._index, self._pushing.record_event(), arriving, tuple(blocks for _, blocks in sends))
 
     def retire(self) -> None:
         """Nothing published is read after this."""
@@ -155,7 +170,7 @@ class PeerMemory:
         self._sent = self._received = 0
         self._next = None
         for used in self._used:  # no other: a graph must not depend on a stream that is not in it
-            torch.cuda.current_stream(self._device).wait_stream(used)
+            torch.cuda.current_stream(self._index).wait_stream(used)
         self._used.clear()
 
     def home(self, move: Move, specs: Sequence[Spec]) -> Blocks:
@@ -163,7 +178,7 @@ class PeerMemory:
         if self._carried is None:
             raise LookupError("no memory for accumulators")
         self._carried.handle.wait_signal(move.peer, _HOME, self._deadline)
-        return tuple(self._carried.blocks(self._circle.rank, specs))
+        return self._carried.blocks(self._circle.rank, specs)
 
     def _push(self, region: Region, move: Move, blocks: Blocks) -> None:
         self.messages_sent += len(blocks)
@@ -179,7 +194,7 @@ class PeerMemory:
             self._sent += 1
             start, signal = (1 + slot) * self._slot, _HOP
         for theirs, x in zip(region.blocks(move.peer, specs, start), blocks, strict=True):
-            theirs.copy_(x)
+            _copy(theirs, x)
         region.handle.put_signal(move.peer, signal, self._deadline)
 
     def _tell_taken(self) -> None:
@@ -203,7 +218,7 @@ class PeerMemory:
     @contextmanager
     def _beside(self, stream: Any) -> Iterator[None]:
         """On ``stream``, after all that the caller's stream was given so far."""
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._index))
         self._used.add(stream)
         with torch.cuda.stream(stream):
             yield
@@ -212,12 +227,12 @@ class PeerMemory:
 class Streamed:
     """What a stream moves: the caller's stream goes on after it, the host does not wait."""
 
-    def __init__(self, event: Any, arriving: Mapping[Move, Blocks], leaving: Sequence[Blocks]) -> None:
-        self._event, self._arriving, self._leaving = event, arriving, leaving
+    def __init__(self, index: Any, event: Any, arriving: Mapping[Move, Blocks], leaving: Sequence[Blocks]) -> None:
+        self._index, self._event, self._arriving, self._leaving = index, event, arriving, leaving
 
     def wait(self) -> Mapping[Move, Blocks]:
         """What arrives, for work that the caller's stream is given from now on."""
-        torch.cuda.current_stream().wait_event(self._event)
+        torch.cuda.current_stream(self._index).wait_event(self._event)
         self._leaving = ()
         return self._arriving
 
@@ -231,6 +246,19 @@ class Home:
     def wait(self) -> Mapping[Move, Blocks]:
         """What came home, for work that the caller's stream is given from now on."""
         return {self._move: self._memory.home(self._move, self._specs)}
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Memory for [B, H, S, D] that lies as [B, S, H, D]."""
+    batch, heads, rows, width = x.shape
+    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+def _copy(target: Tensor, x: Tensor) -> None:
+    """Both [B, H, S, D]. If rows are left out, each batch entry by itself: a copy engine takes one piece at a time."""
+    pairs = [(target, x)] if target.transpose(1, 2).is_contiguous() else zip(target, x, strict=True)
+    for mine, theirs in pairs:
+        mine.copy_(theirs)
 
 
 def _room(specs: Sequence[Spec]) -> int:

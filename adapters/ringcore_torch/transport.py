@@ -72,7 +72,8 @@ class TorchTransport:
 
     def capturing(self) -> bool:
         """Whether the caller's work is recorded for a graph, not run."""
-        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return initialized and torch.cuda.is_current_stream_capturing()
 
     def reaches(self, reader: int, owner: int) -> bool:
         """Whether ``reader`` can fetch what ``owner`` published."""
@@ -93,9 +94,9 @@ class TorchTransport:
         self._peer_memory.publish(blocks, specs, carried or {})
         return True
 
-    def fetch(self, owner: int, rows: slice | None) -> Blocks:
+    def fetch(self, owner: int, rows: slice | None, seen: slice | None = None) -> Blocks:
         """What ``owner`` published, there once the exchange that follows was waited for."""
-        return self._published.fetch(owner, rows)
+        return self._published.fetch(owner, rows, seen)
 
     def retire(self) -> None:
         """No rank reads published blocks after this. Collective."""

@@ -12,6 +12,7 @@ from deals import deals, sees, visibility
 from later import dilated_plans, document_plans, double_ring_plans, halo_plans
 
 import ringcore
+from ringcore import Partial
 from ringcore.ring import BackwardWork, ForwardWork, ring
 from ringcore.tile import ReferenceKernels
 from ringcore.values import Score
@@ -79,13 +80,13 @@ def rings(plans, dealt, arrays):
         for parts in zip(q, k, v, strict=True)
     ]
     run_rendezvous([ring(plan, work) for plan, work in zip(plans, forward, strict=True)])
-    partials = [work.take_result() for work in forward]
+    partials = [Partial(*work.finish(q[0].dtype)) for work in forward]
     backward = []
     for work, part, gradient in zip(forward, partials, dout, strict=True):
-        rows = part.out, part.out, part.maximum, part.total
+        rows = part.weighted, part.weighted, part.maximum, part.total
         backward.append(BackwardWork(work, gradient, None, *rows, wanted=frozenset("qkv")))
     home = run_rendezvous([ring(plan, work) for plan, work in zip(plans, backward, strict=True)])
-    by_row = [part.out for part in partials], [part.lse for part in partials], [work.dq for work in backward]
+    by_row = [part.weighted for part in partials], [part.lse for part in partials], [work.dq for work in backward]
     by_key = zip(*home, strict=True)
     return [
         *(ringcore.unshard(parts, q_layout) for parts in by_row),

@@ -45,6 +45,27 @@ def test_plans_exchange_what_is_needed_and_no_more(name, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sight", SIGHTS)
+def test_a_rank_reads_no_rows_but_those_it_is_said_to_see(sight, size):
+    for name in DEALS:
+        _, plans = planned(sight, name, size)
+        for plan in plans:
+            for step in plan.steps:
+                rows = [row for tile in step.tiles for row in range(tile.columns.start, tile.columns.stop)]
+                if step.block is not None:
+                    seen = plan.seen(step.block)
+                    assert (seen.start, seen.stop) == (min(rows, default=0), max(rows, default=-1) + 1)
+            absent = set(range(size)) - {step.block for step in plan.steps}
+            assert all(plan.seen(block) == slice(0, 0) for block in absent)
+
+
+def test_half_of_a_zigzag_block_is_seen_by_the_rank_after():
+    layout = ringcore.zigzag(16, 2)
+    first, second = ring_plans(layout, layout, visibility(keys=16, causal=True))
+    assert (first.seen(1), second.seen(0)) == (slice(0, 8), slice(0, 4))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sight", SIGHTS)
 def test_the_loop_counts_every_visible_pair_once(sight, size):
     check_loops(*planned(sight, DEALS[size % len(DEALS)], size))
 

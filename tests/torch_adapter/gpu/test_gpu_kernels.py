@@ -174,7 +174,39 @@ def test_merging_in_one_pass_is_the_merge(dtype, width, length):
         assert torch.equal(x[:, :, outside], getattr(first, name)[:, :, outside])
     torch.testing.assert_close(finished_lse(state.maximum, state.total, -torch.inf), state.lse, atol=close, rtol=close)
     out = state.out
-    torch.testing.assert_close(finished(state, wide), out, atol=close, rtol=close)
+    torch.testing.assert_close(finished(state, wide)[0], out, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("length", [40, 9001])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_two_finished_partials_are_merged_in_the_memory_of_the_first(dtype, length):
+    from ringcore_torch.partials import finished
+
+    generator = torch.Generator("cuda").manual_seed(4)
+
+    def partial():
+        out = torch.randn((2, 3, length, 72), generator=generator, device="cuda").to(dtype)
+        lse = torch.randn((2, 3, length), generator=generator, device="cuda") * 20
+        empty = torch.rand((2, 3, length), generator=generator, device="cuda") < 0.2
+        out[empty] = 0.0
+        return Partial(out, lse.masked_fill(empty, -torch.inf), torch.ones((), device="cuda").expand(lse.shape))
+
+    first, second = partial(), partial()
+    rows = slice(None), slice(None), slice(5, length - 7)
+    wide = [Partial(x.weighted.double(), x.maximum.double(), x.total.double()) for x in (first, second)]
+    part = Partial(*(x[rows] for x in (second.weighted, second.maximum, second.total)))
+    due = ringcore.merge(*wide)
+    before, lse = first.weighted.clone(), first.maximum.clone()
+    out, maximum, total = finished(first, dtype, (rows, part))
+    assert out.data_ptr() == first.weighted.data_ptr()
+    assert bool((total == 1).all())
+    close = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}[dtype]
+    torch.testing.assert_close(out[rows].double(), due.out[rows], atol=close, rtol=close)
+    torch.testing.assert_close(maximum[rows].double(), due.lse[rows], atol=2e-6, rtol=2e-6)
+    outside = torch.ones(length, dtype=torch.bool, device="cuda")
+    outside[5 : length - 7] = False
+    assert torch.equal(out[:, :, outside], before[:, :, outside])
+    assert torch.equal(maximum[:, :, outside], lse[:, :, outside])
 
 
 def test_unseen_numbers_never_leak():

@@ -1,0 +1,56 @@
+"""Sums of gradients: what fused kernels return is rounded no oftener than needed, and never summed in a half type."""
+
+import numpy as np
+import pytest
+
+from ringcore.ring import Sum
+
+ALL = slice(None), slice(None), slice(None), ...
+ROWS = slice(None), slice(None), slice(2, 7), ...
+DTYPE = np.float16
+
+
+def draw(count):
+    random = np.random.default_rng(11)
+    return [random.standard_normal((1, 2, 9, 4)).astype(DTYPE) for _ in range(count)]
+
+
+def test_one_part_is_taken_as_it_is():
+    (like,) = draw(1)
+    total = Sum(like)
+    total.add(ALL, like)
+    assert total.take() is like
+
+
+def test_two_parts_are_rounded_once():
+    first, second = draw(2)
+    due = first.astype(np.float64)
+    due[ROWS] += second[ROWS]
+    total = Sum(first)
+    total.add(ALL, first.copy())
+    total.add(ROWS, second[ROWS])
+    came = total.take()
+    assert came.dtype == DTYPE
+    np.testing.assert_array_equal(came, due.astype(DTYPE))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_more_parts_are_added_in_the_accumulation_dtype(whole):
+    parts = draw(9)
+    due = np.zeros(parts[0].shape)
+    total = Sum(parts[0])
+    for number, part in enumerate(parts):
+        rows = ALL if whole or number % 2 else ROWS
+        due[rows] += part[rows]
+        total.add(rows, part[rows])
+        total.settle()
+    came = total.take()
+    assert came.dtype == np.float32
+    np.testing.assert_allclose(came, due, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_zero():
+    (like,) = draw(1)
+    came = Sum(like).take()
+    assert came.dtype == np.float32
+    assert not came.any()
