@@ -1,229 +1,191 @@
-"""Two GPUs: the ring against the best installed kernel on one GPU, whose time / 2 is the ideal, and torch's own ring.
+"""Two GPUs: the ring against the best installed kernel on one GPU, whose time / 2 is the ideal, and against other rings.
 
     torchrun --nproc-per-node 2 tests/benchmarks/ring_gpu.py [--json FILE] [--lengths 8192 32768 131072]
 
-bfloat16, 16 heads of 128, causal, random data. Each figure is the time between two CUDA events around queued calls,
-divided by their number; the slower rank counts. Sides take turns; medians over the rounds are reported. Results are
-compared with the one-GPU kernel's before anything is timed, in memory that was filled with NaN.
+bfloat16, 16 heads of 128, causal, zigzag, random data. Each figure is the time between two CUDA events around queued
+calls, divided by their number; the slower rank counts. Sides take turns; medians over the rounds are reported. Results
+are compared with the one-GPU kernel's before anything is timed, in memory that was filled with NaN. Peak memory is
+that of the caching allocator and of symmetric memory, less inputs and outputs, over the bound of `memory_bound.due`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+import time
 from pathlib import Path
 from typing import Any
 
+import gpu
+import memory_bound
 import torch
 import torch.distributed as dist
+from gpu import Attend, Call, check, in_turns, poison, timed, with_gradients, without_gradients
+from graphs import graphed
+from peers import context_parallel, ring_flash_attn
 
 import ringcore
 
-HEADS, WIDTH, SIZE = 16, 128, 2
-NAMES = ("out", "dq", "dk", "dv")
-
-Call = Callable[[], Any]
-
-
-def timed(call: Call, calls: int) -> float:
-    """Milliseconds of one call on the slower rank, of several queued ones."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    dist.barrier()
-    start.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    spent = torch.tensor([start.elapsed_time(end) / calls])
-    dist.all_reduce(spent, dist.ReduceOp.MAX)
-    return float(spent)
+SIZE = 2
+DIRECTIONS = ("forward", "forward and backward")
+PEER = "ring-flash-attn zigzag, on torch's FlashAttention-2"
 
 
-def draw(length: int) -> list[torch.Tensor]:
-    """q, k, v and dout [1, length, heads, width], equal on both ranks."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = 1, length, HEADS, WIDTH
-    return [torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16) for _ in range(4)]
+class Problem:
+    """Arrays of one length, whole and this rank's, and what one GPU makes of them."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        *self.arrays, self.dout = gpu.draw(length)
+        *self.shards, self.dout_shard = (self.mine(x).contiguous() for x in (*self.arrays, self.dout))
+        self.calls = max(3, min(20, 20 * 32768 // length))
+        attend = gpu.flash4() or gpu.aten("CUDNN_ATTENTION")
+        self.alone = self.both(attend, self.arrays, self.dout)
+
+    def mine(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of x [B, S, H, D]."""
+        part: torch.Tensor = ringcore.shard(x, "zigzag", dist.get_rank(), SIZE, axis=1)
+        return part
+
+    def sharded(self, attend: Attend) -> dict[str, Call]:
+        """Calls of a ring's attention on this rank's part."""
+        return self.both(attend, self.shards, self.dout_shard)
+
+    def both(self, attend: Attend, arrays: list[torch.Tensor], dout: torch.Tensor) -> dict[str, Call]:
+        """For each direction a call."""
+        calls = without_gradients(attend, arrays), with_gradients(attend, arrays, dout)
+        return dict(zip(DIRECTIONS, calls, strict=True))
+
+    def due(self, direction: str) -> list[torch.Tensor]:
+        """This rank's share of what one GPU finds."""
+        found = self.alone[direction]()
+        return [self.mine(x).clone() for x in ((found,) if isinstance(found, torch.Tensor) else found)]
 
 
-def poison() -> None:
-    torch.cuda.empty_cache()
-    blocks = [torch.full((1 << 24,), torch.nan, device="cuda") for _ in range(40)]
-    del blocks
+def ring_of(group: Any) -> Attend:
+    """ringcore's attention over the group."""
+    return lambda q, k, v: ringcore.ring_attention(q, k, v, ring=group, layout="zigzag", causal=True, axes="bshd")
 
 
-def alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The best installed kernel for one GPU, called directly; [B, S, H, D]."""
+def memory_of(problem: Problem, ring: dict[str, Call], peer: list[int]) -> dict[str, dict[str, Any]]:
+    """For each direction the peak beyond inputs and outputs, and its bound; ``peer`` grows as the ring takes memory."""
+    attend = gpu.flash4() or gpu.aten("CUDNN_ATTENTION")
+    workspace = memory_bound.workspace_of(attend, problem.shards, problem.dout_shard)
+    due = memory_bound.due(problem.length // SIZE, workspace)
+    found = {}
+    for direction in DIRECTIONS:
+        ring[direction]()  # takes the ring's memory, and whatever else a first call does
+        peak, outputs = memory_bound.peak_of(ring[direction])
+        bytes_taken = peak - outputs + sum(peer)
+        found[direction] = {
+            "bytes": bytes_taken, "of_which_symmetric_memory": sum(peer), "outputs_not_counted": outputs,
+            "bound": due[direction], "of_bound": bytes_taken / sum(due[direction].values()),
+        }  # fmt: skip
+    return found
+
+
+def run(length: int, rounds: int, peer_attend: Attend | None) -> list[dict[str, Any]]:
+    """What was found at this length, for each direction."""
+    problem = Problem(length)
+    group = dist.new_group(list(range(SIZE)))  # a ring of its own, so that all of its memory is this length's
+    ring = problem.sharded(ring_of(group))
+    explained = ringcore.explain(
+        *problem.shards, wrt=("q", "k", "v"), ring=group, layout="zigzag", causal=True, axes="bshd"
+    )
+    with memory_bound.peer_memory() as peer:
+        memory = memory_of(problem, ring, peer)
+    results = []
+    for direction in DIRECTIONS:
+        sides = {"one GPU": problem.alone[direction], "ring": ring[direction]}
+        if peer_attend is not None:
+            sides[PEER] = problem.sharded(peer_attend)[direction]
+        due = problem.due(direction)
+        for name in list(sides)[1:]:
+            checked(name, sides[name], due)
+        if direction == "forward":
+            add_graph(problem, direction, sides, due)
+        ms = in_turns(sides, problem.calls, rounds)
+        for rotate in ("alltoall", "allgather"):
+            ms.update(time_context_parallel(problem, direction, rotate, rounds, due))
+        results.append(
+            {
+                "length": length, "direction": direction, "ms": ms, "of_ideal": of_ideal(ms),
+                "kernels": explained.kernels, "blocks": explained.ring, "memory": memory[direction],
+            }
+        )  # fmt: skip
+        say(results[-1])
+    return results
+
+
+def checked(name: str, call: Call, due: list[torch.Tensor]) -> None:
+    """Compare the call's results, in memory that was full of NaN."""
+    poison()
+    check(name, call(), due)
+
+
+def add_graph(problem: Problem, direction: str, sides: dict[str, Call], due: list[torch.Tensor]) -> bool:
+    """Add the ring's call as a graph to the sides, if it can be captured; it has a ring of its own."""
+    ring = problem.sharded(ring_of(dist.new_group(list(range(SIZE)))))
     try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            heads_first = (x.transpose(1, 2) for x in (q, k, v))
-            return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
-    out: torch.Tensor = flash_attn_func(q, k, v, causal=True)[0]
-    return out
-
-
-def with_gradients(attend: Callable[..., torch.Tensor], arrays: list[torch.Tensor], dout: torch.Tensor) -> Call:
-    leaves = [x.detach().requires_grad_() for x in arrays]
-
-    def call() -> tuple[torch.Tensor, ...]:
-        out = attend(*leaves)
-        return out, *torch.autograd.grad(out, leaves, dout)
-
-    return call
-
-
-def graphed(call: Call) -> Call:
-    """The call as a CUDA graph, replayed."""
-    stream: Any = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks for events meanwhile
-        result = call()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
-
-
-@contextmanager
-def context_parallel(rotate: str, arrays: list[torch.Tensor], dout: torch.Tensor | None) -> Iterator[Call]:
-    """A call of torch's own ring attention on this rank's part of the arrays, in one of its modes, on cuDNN."""
-    from torch.distributed.tensor.experimental import context_parallel as shared
-    from torch.distributed.tensor.experimental._attention import set_rotate_method
-
-    set_rotate_method(rotate)
-    buffers = [x.transpose(1, 2).contiguous() for x in (arrays if dout is None else [*arrays, dout])]
-    mesh = dist.init_device_mesh("cuda", (SIZE,))
-    # Entering cuts the buffers, in torch's balanced order, which is that of zigzag.
-    with (
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION),
-        shared(mesh, buffers=buffers, buffer_seq_dims=[2] * len(buffers), no_restore_buffers=set(buffers)),
-    ):
-        leaves = [x.detach().requires_grad_(dout is not None) for x in buffers[:3]]
-
-        def call() -> tuple[torch.Tensor, ...]:
-            out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
-            gradients = () if dout is None else torch.autograd.grad(out, leaves, buffers[3])
-            return tuple(x.transpose(1, 2) for x in (out, *gradients))
-
-        yield call
-
-
-def check(name: str, came: Any, due: Any) -> None:
-    """Compare this rank's results with its share of the one-GPU results."""
-    came, due = ((x,) if isinstance(x, torch.Tensor) else x for x in (came, due))
-    for each, x, whole in zip(NAMES, came, due, strict=False):
-        mine = ringcore.shard(whole, "zigzag", dist.get_rank(), SIZE, axis=1).detach()
-        error = float((x.detach().float() - mine.float()).abs().max() / mine.float().abs().max())
-        if not error < 0.03:
-            raise ValueError(f"{name}: {each} is off by {error}")
-
-
-def run(length: int, rounds: int, results: list[dict[str, Any]]) -> None:
-    rank = dist.get_rank()
-    *arrays, dout = draw(length)
-    calls = max(3, min(20, 20 * 32768 // length))
-    shards = [ringcore.shard(x, "zigzag", rank, SIZE, axis=1).contiguous() for x in (*arrays, dout)]
-
-    def ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = ringcore.ring_attention(
-            q, k, v, ring=dist.group.WORLD, layout="zigzag", causal=True, axes="bshd"
-        )
-        return out
-
-    def plain(attend: Callable[..., torch.Tensor], given: list[torch.Tensor]) -> Call:
-        def call() -> torch.Tensor:
-            with torch.no_grad():
-                return attend(*given)
-
-        return call
-
-    sides: dict[str, dict[str, Call]] = {
-        "forward": {"one GPU": plain(alone, arrays), "ring": plain(ring, shards[:3])},
-        "forward and backward": {
-            "one GPU": with_gradients(alone, arrays, dout),
-            "ring": with_gradients(ring, shards[:3], shards[3]),
-        },
-    }
-    for direction, these in sides.items():
-        poison()
-        due = these["one GPU"]()
-        poison()
-        check(f"{length} {direction}", these["ring"](), due)
-    memory = {}
-    for direction in sides:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = sides[direction]["ring"]()
-        torch.cuda.synchronize()
-        memory[direction] = torch.cuda.max_memory_allocated() - before
-        del kept
-    try:
-        sides["forward"]["ring, graph"] = graphed(sides["forward"]["ring"])
-        check(f"{length} graph", sides["forward"]["ring, graph"](), sides["forward"]["one GPU"]())
+        call = graphed(ring[direction])
     except RuntimeError as exc:
-        print(f"rank {rank}: no graph: {exc}", flush=True)
-    for direction, these in sides.items():
-        times: dict[str, list[float]] = {name: [] for name in these}
-        for call in these.values():
-            timed(call, 2)
-        for turn in range(rounds):
-            for name in list(these)[:: 1 if turn % 2 else -1]:
-                times[name].append(timed(these[name], calls))
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        report(results, length, direction, medians, memory[direction])
-    for rotate in ("alltoall", "allgather"):
-        for direction, these in sides.items():
-            name = f"torch context_parallel, {rotate}"
-            try:
-                with context_parallel(rotate, arrays, None if direction == "forward" else dout) as call:
-                    check(name, call(), these["one GPU"]())
-                    timed(call, 2)
-                    found = statistics.median(timed(call, calls) for _ in range(rounds))
-                report(results, length, direction, {name: found}, None)
-            except Exception as exc:
-                print(f"rank {rank}: {name}, {direction}: {type(exc).__name__}: {exc}", flush=True)
+        if dist.get_rank() == 0:
+            print(f"{problem.length} {direction}: {exc}", flush=True)
+        return False
+    checked("ring, graph", call, due)
+    sides["ring, graph"] = call
+    return True
 
 
-def report(results: list[dict[str, Any]], length: int, direction: str, ms: dict[str, float], peak: int | None) -> None:
-    found: dict[str, Any] = {"length": length, "direction": direction, "ms": ms}
-    if "one GPU" in ms:
-        ideal = ms["one GPU"] / SIZE
-        found["of_ideal"] = {name: ideal / spent for name, spent in ms.items() if name != "one GPU"}
-        found["peak_bytes_beyond_inputs"] = peak
-        block = 2 * length // SIZE * HEADS * WIDTH * 2
-        found["peak_in_visiting_blocks"] = None if peak is None else peak / block
-    results.append(found)
-    if dist.get_rank() == 0:
-        shown = ", ".join(f"{name} {spent:.3f} ms" for name, spent in ms.items())
-        part = ", ".join(f"{name} {value:.2f} of the ideal" for name, value in found.get("of_ideal", {}).items())
-        print(f"{length} {direction}: {shown}; {part}; peak {found.get('peak_in_visiting_blocks')}", flush=True)
-
-
-def installed(name: str) -> str:
+def time_context_parallel(
+    problem: Problem, direction: str, rotate: str, rounds: int, due: list[torch.Tensor]
+) -> dict[str, float]:
+    """The milliseconds of torch's own ring in one of its modes, by its name; none if it failed."""
+    name = f"torch context_parallel, {rotate}"
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+        with context_parallel(rotate, problem.arrays, None if direction == "forward" else problem.dout) as call:
+            checked(name, call, due)
+            timed(call, 2)
+            return {name: statistics.median(timed(call, problem.calls) for _ in range(rounds))}
+    except Exception as exc:
+        print(f"rank {dist.get_rank()}: {name}, {direction}: {type(exc).__name__}: {exc}", flush=True)
+        return {}
+
+
+def run_graph(length: int, rounds: int) -> dict[str, Any] | None:
+    """Forward and backward in one graph; None if that cannot be captured."""
+    problem, direction = Problem(length), DIRECTIONS[1]
+    sides = {"one GPU": problem.alone[direction]}
+    if not add_graph(problem, direction, sides, problem.due(direction)):
+        return None
+    ms = in_turns(sides, problem.calls, rounds)
+    found = {"length": length, "direction": direction, "ms": ms, "of_ideal": of_ideal(ms)}
+    say(found)
+    return found
+
+
+def of_ideal(ms: dict[str, float]) -> dict[str, float]:
+    """Half of one GPU's time over each other side's."""
+    return {name: ms["one GPU"] / SIZE / spent for name, spent in ms.items() if name != "one GPU"}
+
+
+def say(found: dict[str, Any]) -> None:
+    """One line for each side, and one for memory, by rank 0."""
+    if dist.get_rank() != 0:
+        return
+    ms = found["ms"]
+    print(f"{found['length']} {found['direction']}: one GPU {ms['one GPU']:.3f} ms", flush=True)
+    for name, share in found["of_ideal"].items():
+        print(f"    {name}: {ms[name]:.3f} ms, {share:.2f} of the ideal", flush=True)
+    if "memory" in found:
+        memory = found["memory"]
+        bound = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in memory["bound"].items())
+        print(
+            f"    memory: {memory['bytes'] / 1e6:.1f} MB, {memory['of_which_symmetric_memory'] / 1e6:.1f} of it "
+            f"symmetric; {memory['of_bound']:.2f} of the bound ({bound}); kernels {found['kernels']}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -232,18 +194,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     options = parser.parse_args()
+    start = time.monotonic()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl")
+    path = options.json if dist.get_rank() == 0 else None
+    try:
+        peer = ring_flash_attn()
+    except ImportError as exc:
+        peer = None
+        if dist.get_rank() == 0:
+            print(f"{PEER}: left out: {exc}", flush=True)
     results: list[dict[str, Any]] = []
     for length in options.lengths:
-        run(length, options.rounds, results)
-    if dist.get_rank() == 0 and options.json:
-        found = {
-            "gpus": [torch.cuda.get_device_name(i) for i in range(SIZE)], "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(), "flash-attn-4": installed("flash-attn-4"),
-            "command": " ".join(Path(word).name for word in sys.argv), "results": results,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        results += run(length, options.rounds, peer)
+        gpu.save(path, SIZE, results)
+    for length in options.lengths:  # last: a capture that fails may leave the device in disorder
+        found = run_graph(length, options.rounds)
+        if found is None:
+            break
+        results.append(found)
+        gpu.save(path, SIZE, results)
+    if dist.get_rank() == 0:
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
     dist.destroy_process_group()
 
 
