@@ -10,6 +10,8 @@ import pytest
 pytestmark = pytest.mark.timeout(200)
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def run(*command, deadline=150):
@@ -31,8 +33,7 @@ def test_training_on_two_ranks_gives_the_losses_of_one_process(tmp_path):
     options = [str(EXAMPLES / "train_llama.py"), "--steps", "4", "--length", "201"]
     said = run(*options, "--json", str(tmp_path / "one.json"))
     assert said.count("loss") == 4
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(*launcher, *options, "--json", str(tmp_path / "two.json"))
+    run(*LAUNCHER, *options, "--json", str(tmp_path / "two.json"))
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["attention"], one["ranks"]) == ("sdpa", 1)
     assert (two["attention"], two["ranks"]) == ("ringcore", 2)
@@ -46,3 +47,13 @@ def test_training_in_bfloat16_learns():
     )
     losses = [float(line.split()[-1]) for line in said.splitlines()]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_training_in_bfloat16_on_two_ranks_follows_the_losses_of_one_process(tmp_path):
+    options = [str(BENCHMARKS / "training_gpu.py"), "--device", "cpu", "--steps", "8", "--length", "96"]
+    said = run(*LAUNCHER, *options, "--json", str(tmp_path / "found.json"))
+    assert "the ring follows" in said
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert len(found["losses"]["ring"]) == 8
+    assert found["losses"]["stock"][7] < found["losses"]["stock"][0] - 1.0
+    assert 0.0 < found["relative_difference"]["ring"] < 1e-3
