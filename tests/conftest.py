@@ -4,21 +4,10 @@ import faulthandler
 import os
 
 import pytest
+from launched import LAUNCHED, UNDER_TORCHRUN, world
 
 DEADLINE = 60  # seconds for one test of several ranks; a rank that hangs longer ends the whole run
-UNDER_MPIEXEC = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"))
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-LAUNCHED = UNDER_MPIEXEC or UNDER_TORCHRUN
 ERRORS = pytest.StashKey()
-
-
-def world():
-    """(rank, size) of this process."""
-    if UNDER_TORCHRUN:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 
 
 def end_every_rank():

@@ -26,6 +26,11 @@ class Backend:
     kernels: str | None = None
     further_cases: tuple[Cases, ...] = (half_cases,)
 
+    @staticmethod
+    def gpus() -> list[str]:
+        """The names of the GPUs that it can compute on."""
+        return []
+
     def make(self, x: np.ndarray) -> Any:
         """A NumPy array as this library's."""
         return x
@@ -90,11 +95,23 @@ class TorchCuda(Torch):
 
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's number of this process
 
+    @staticmethod
+    def gpus() -> list[str]:
+        import torch
+
+        return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+
 
 class Cupy(Backend):
     """CuPy."""
 
     name = "cupy"
+
+    @staticmethod
+    def gpus() -> list[str]:
+        from cupy.cuda import runtime
+
+        return [runtime.getDeviceProperties(n)["name"].decode() for n in range(runtime.getDeviceCount())]
 
     def make(self, x: np.ndarray) -> Any:
         import cupy

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import recording
 from backends import BACKENDS, RINGS
 from cases import RING_SIZES, every_case, few_cases, pairwise_cases
+from launched import world
 
 
 def pytest_addoption(parser):
@@ -13,6 +17,7 @@ def pytest_addoption(parser):
     group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi: mpiexec; gloo: torchrun")
     group.addoption("--cases", default="pairwise", choices=("few", "pairwise", "all"), help="how much of the table")
     group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
+    group.addoption("--record", type=Path, help="add counts, hardware, versions and command to this JSON file")
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +28,17 @@ def backend(request):
 @pytest.fixture(scope="session")
 def attend(request, backend):
     return RINGS[request.config.getoption("--ring")](backend)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Rank 0 records; where ranks were launched a failure ends them all before, and nothing is recorded."""
+    path, (rank, ranks) = config.getoption("--record"), world()
+    if path is None or rank > 0:
+        return
+    options = {name: config.getoption(f"--{name}") for name in ("backend", "ring", "cases")}
+    ran = "passed" in terminalreporter.stats  # else the library may not even be there
+    gpus = BACKENDS[options["backend"]].gpus()[:ranks] if ran else []
+    recording.add(path, recording.run(options, ranks, terminalreporter.stats, gpus))
 
 
 def pytest_generate_tests(metafunc):
