@@ -57,6 +57,12 @@ def aten(backend: str) -> Attend:
     return attend
 
 
+def best() -> tuple[str, Attend]:
+    """The name of the fastest kernels for one GPU that are installed, and their attention."""
+    attend = flash4()
+    return ("flash-attn-4", attend) if attend else ("cuDNN", aten("CUDNN_ATTENTION"))
+
+
 def without_gradients(attend: Attend, arrays: Sequence[Tensor]) -> Call:
     """A call for out alone."""
 

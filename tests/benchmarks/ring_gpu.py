@@ -40,8 +40,8 @@ class Problem:
         *self.arrays, self.dout = gpu.draw(length)
         *self.shards, self.dout_shard = (self.mine(x).contiguous() for x in (*self.arrays, self.dout))
         self.calls = max(3, min(20, 20 * 32768 // length))
-        attend = gpu.flash4() or gpu.aten("CUDNN_ATTENTION")
-        self.alone = self.both(attend, self.arrays, self.dout)
+        self.best, self.attend = gpu.best()
+        self.alone = self.both(self.attend, self.arrays, self.dout)
 
     def mine(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of x [B, S, H, D]."""
@@ -70,8 +70,7 @@ def ring_of(group: Any) -> Attend:
 
 def memory_of(problem: Problem, ring: dict[str, Call], peer: list[int]) -> dict[str, dict[str, Any]]:
     """For each direction the peak beyond inputs and outputs, and its bound; ``peer`` grows as the ring takes memory."""
-    attend = gpu.flash4() or gpu.aten("CUDNN_ATTENTION")
-    workspace = memory_bound.workspace_of(attend, problem.shards, problem.dout_shard)
+    workspace = memory_bound.workspace_of(problem.attend, problem.shards, problem.dout_shard)
     due = memory_bound.due(problem.length // SIZE, workspace)
     found = {}
     for direction in DIRECTIONS:
@@ -80,7 +79,8 @@ def memory_of(problem: Problem, ring: dict[str, Call], peer: list[int]) -> dict[
         bytes_taken = peak - outputs + sum(peer)
         found[direction] = {
             "bytes": bytes_taken, "of_which_symmetric_memory": sum(peer), "outputs_not_counted": outputs,
-            "bound": due[direction], "of_bound": bytes_taken / sum(due[direction].values()),
+            "bound": due[direction], "workspace_measured_on": problem.best,
+            "of_bound": bytes_taken / sum(due[direction].values()),
         }  # fmt: skip
     return found
 
@@ -110,7 +110,7 @@ def run(length: int, rounds: int, peer_attend: Attend | None) -> list[dict[str, 
             ms.update(time_context_parallel(problem, direction, rotate, rounds, due))
         results.append(
             {
-                "length": length, "direction": direction, "ms": ms, "of_ideal": of_ideal(ms),
+                "length": length, "direction": direction, "one_gpu": problem.best, "ms": ms, "of_ideal": of_ideal(ms),
                 "kernels": explained.kernels, "blocks": explained.ring, "memory": memory[direction],
             }
         )  # fmt: skip
@@ -160,7 +160,9 @@ def run_graph(length: int, rounds: int) -> dict[str, Any] | None:
     if not add_graph(problem, direction, sides, problem.due(direction)):
         return None
     ms = in_turns(sides, problem.calls, rounds)
-    found = {"length": length, "direction": direction, "ms": ms, "of_ideal": of_ideal(ms)}
+    found = {
+        "length": length, "direction": direction, "one_gpu": problem.best, "ms": ms, "of_ideal": of_ideal(ms)
+    }  # fmt: skip
     say(found)
     return found
 
@@ -175,7 +177,7 @@ def say(found: dict[str, Any]) -> None:
     if dist.get_rank() != 0:
         return
     ms = found["ms"]
-    print(f"{found['length']} {found['direction']}: one GPU {ms['one GPU']:.3f} ms", flush=True)
+    print(f"{found['length']} {found['direction']}: one GPU, {found['one_gpu']}, {ms['one GPU']:.3f} ms", flush=True)
     for name, share in found["of_ideal"].items():
         print(f"    {name}: {ms[name]:.3f} ms, {share:.2f} of the ideal", flush=True)
     if "memory" in found:
