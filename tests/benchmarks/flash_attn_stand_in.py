@@ -1,8 +1,8 @@
 """The two private functions of flash_attn 2 that ring-flash-attn calls, over the FlashAttention-2 kernels in torch.
 
 So that package runs, unmodified, where flash_attn 2 cannot be installed. The kernels are the same; torch returns the
-gradients in new memory, so that backward costs a copy of dq, dk and dv more than with flash_attn: half a percent at
-32,768 positions. What ring-flash-attn's causal zigzag ring does not ask for is refused.
+gradients in new memory, so that backward costs a copy of dq, dk and dv more than with flash_attn: at 32,768 positions
+on two H100s about 0.3 ms of some 27, by the bytes moved (not measured). What ring-flash-attn's causal zigzag ring does not ask for is refused.
 """
 
 from __future__ import annotations

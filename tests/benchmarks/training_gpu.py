@@ -9,7 +9,7 @@ reference's with the sequences of each batch in reverse order. These differ in r
 part is what rounding does to this model. The ring follows if its relative difference to the reference, as the root of
 its mean square over all steps, is at most three times that of the run that parts most: each run is but one draw of
 what rounding may do. The largest difference is shown too, but it is the luck of one step. Exits with 1 if the ring does
-not follow. (On a CPU, a ring that does not add up its gradients is off by 90 times after 8 steps.)
+not follow. (On a CPU, a ring that does not add up its gradients is off by 170 times the yardstick after 8 steps.)
 """
 
 from __future__ import annotations
