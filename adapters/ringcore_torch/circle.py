@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from ringcore import KeywordError, PeerError, RingTimeout, TransportError
+from ringcore_torch.mailbox import Mailbox, open_mailbox
 
 _NOTE_TAG = 0
 _NEVER_SENT_TAG = 1
@@ -52,6 +53,8 @@ class Circle:
                 f"rank {self.rank} waited {self.timeout:g} s for all {self.size} ranks to enter the ring. Every rank "
                 f"of the process group must make the call. ({exc})"
             ) from exc
+        self._mailbox: Mailbox | None = None
+        self._mailbox = open_mailbox(self.gather, self.rank, self.size, _NOTE)
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks.
@@ -61,7 +64,7 @@ class Circle:
         self.check()
         with self._alone():
             room = _NOTE - _LENGTH.size
-            first = self._gathered(_LENGTH.pack(len(note)) + note[:room].ljust(room, b"\0"), [_NOTE] * self.size)
+            first = self._first(_LENGTH.pack(len(note)) + note[:room].ljust(room, b"\0"))
             lengths = [_LENGTH.unpack_from(part)[0] for part in first]
             rest = self._gathered(note[room:], [max(0, length - room) for length in lengths])
             parts = zip(first, rest, lengths, strict=True)
@@ -117,6 +120,19 @@ class Circle:
             # does while a part of it is in use. A peer that is gone ends its own wait at once, and closes no other.
             with suppress(RuntimeError):
                 self.gloo.recv([never], peer, _NEVER_SENT_TAG).wait(timedelta(milliseconds=1))
+
+    def _first(self, mine: bytes) -> list[bytes]:
+        """The first _NOTE bytes of every rank's note."""
+        if self._mailbox is None:
+            return self._gathered(mine, [_NOTE] * self.size)
+        return self._mailbox.gathered(mine, time.monotonic() + self.timeout, self._look_after)
+
+    def _look_after(self, peer: int, late: bool) -> None:
+        """Raise if it is too late for the peer's note, if the peer is gone, or if a rank failed."""
+        gone = self._mailbox is not None and not self._mailbox.lives(peer)
+        if late or gone or self._news(0.0) is not None:
+            cause = RuntimeError(f"the process of rank {peer} has ended" if gone else "no note came")
+            self._fail(cause, f"rank {peer} to take part in the call", late=late)
 
     def _gathered(self, mine: bytes, lengths: list[int]) -> list[bytes]:
         """Every rank's bytes, of these lengths."""

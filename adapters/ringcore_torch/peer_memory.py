@@ -213,7 +213,11 @@ class PeerMemory:
                 "a call over GPUs' memory was captured before it ever ran, but making that memory is no work of a "
                 "stream. Run the call once, then capture it."
             )
-        return Region(self._group, size, self._device)
+        region = Region(self._group, size, self._device)
+        # Torch clears it on the default stream: a signal that comes before would be wiped out.
+        torch.cuda.default_stream(self._device).synchronize()
+        self._circle.gather(b"cleared")
+        return region
 
     @contextmanager
     def _beside(self, stream: Any) -> Iterator[None]:

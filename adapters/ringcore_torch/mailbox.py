@@ -1,0 +1,140 @@
+"""Notes between ranks of one machine, through memory that they share.
+
+A thread that blocks in a message wakes slowly, and runs slowly after: between GPUs a short call would take three times
+as long. Here it polls, for as long as a peer that makes the same call may take, and then sleeps between its looks.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from zlib import crc32
+
+_HEADER = struct.Struct("<QI")  # the number of the note, and the sum of both: stores may be seen in any order
+_SPIN = 2e-3  # seconds of polling without sleep
+_PAUSE = 2e-4  # seconds of sleep between looks after that
+_CHECK = 0.05  # seconds between questions whether the peers live
+
+Gather = Callable[[bytes], tuple[bytes, ...]]
+
+
+class Mailbox:
+    """Two places for each rank, used in turn: none writes the next note but one before all have read this one."""
+
+    def __init__(self, memory: mmap.mmap, rank: int, processes: tuple[int, ...], room: int) -> None:
+        self._memory, self._rank, self._processes = memory, rank, processes
+        self._room = room
+        self._count = 0
+
+    def gathered(self, mine: bytes, deadline: float, check: Callable[[int, bool], None]) -> list[bytes]:
+        """Every rank's bytes, as many as there is room for. Collective.
+
+        ``check(peer, late)`` is called now and then while ``peer`` is waited for, and must raise at the deadline
+        (monotonic) and for peers that are gone.
+        """
+        self._count += 1
+        start = self._start(self._rank)
+        self._memory[start + _HEADER.size : start + _HEADER.size + self._room] = mine
+        _HEADER.pack_into(self._memory, start, self._count, self._sum(mine))
+        return [
+            mine if peer == self._rank else self._wait(peer, deadline, check) for peer in range(len(self._processes))
+        ]
+
+    def lives(self, peer: int) -> bool:
+        """Whether the peer's process is there, and has not ended."""
+        return _lives(self._processes[peer])
+
+    def _wait(self, peer: int, deadline: float, check: Callable[[int, bool], None]) -> bytes:
+        found = self._read(peer)
+        if found is not None:
+            return found
+        now = time.monotonic()
+        spin, next_check = now + _SPIN, now + _CHECK
+        while (found := self._read(peer)) is None:
+            now = time.monotonic()
+            if now < spin:
+                os.sched_yield()
+                continue
+            if now > min(next_check, deadline):
+                check(peer, now > deadline)
+                next_check = now + _CHECK
+            time.sleep(_PAUSE)
+        return found
+
+    def _read(self, peer: int) -> bytes | None:
+        start = self._start(peer)
+        number, check = _HEADER.unpack_from(self._memory, start)
+        if number != self._count:
+            return None
+        note = self._memory[start + _HEADER.size : start + _HEADER.size + self._room]
+        return note if check == self._sum(note) else None
+
+    def _sum(self, note: bytes) -> int:
+        return crc32(note, self._count & 0xFFFFFFFF)
+
+    def _start(self, rank: int) -> int:
+        return (2 * rank + self._count % 2) * _stride(self._room)
+
+
+def open_mailbox(gather: Gather, rank: int, size: int, room: int) -> Mailbox | None:
+    """A mailbox for notes of ``room`` bytes. Collective; ``gather`` is how the ranks meet.
+
+    None, on every rank, unless all share memory and see each other's processes.
+    """
+    length = 2 * size * _stride(room)
+    memory, path, token = None, None, secrets.token_bytes(16)
+    if rank == 0:
+        memory, path = _created(length, token)
+    told = gather(b"\n".join([str(os.getpid()).encode(), token.hex().encode(), str(path or "").encode()]))
+    processes = tuple(int(note.split(b"\n")[0]) for note in told)
+    _, token, place = told[0].split(b"\n", 2)
+    if rank > 0 and place:
+        memory = _opened(place.decode(), length, bytes.fromhex(token.decode()))
+    able = memory is not None and all(map(_lives, processes))
+    everyone = all(answer == b"yes" for answer in gather(b"yes" if able else b"no"))
+    if path is not None:
+        Path(path).unlink(missing_ok=True)
+    return Mailbox(memory, rank, processes, room) if everyone and memory is not None else None
+
+
+def _stride(room: int) -> int:
+    return -(-(_HEADER.size + room) // 64) * 64
+
+
+def _created(length: int, token: bytes) -> tuple[mmap.mmap | None, str | None]:
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None  # memory, where the temporary folder may be a disk
+    try:
+        file, path = tempfile.mkstemp(prefix="ringcore-", dir=folder)
+        try:
+            os.write(
+                file, b"\0" * length + token
+            )  # not truncated: too little room is an error here, not a signal later
+            return mmap.mmap(file, length), path
+        finally:
+            os.close(file)
+    except OSError:
+        return None, None
+
+
+def _opened(path: str, length: int, token: bytes) -> mmap.mmap | None:
+    """The memory of that name, if it is the one that rank 0 made."""
+    try:
+        with open(path, "r+b") as file:
+            file.seek(length)
+            return mmap.mmap(file.fileno(), length) if file.read() == token else None
+    except OSError:
+        return None
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"  # what has ended stays there until its parent asks for it
