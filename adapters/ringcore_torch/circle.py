@@ -35,19 +35,21 @@ class Circle:
     """The members of ``group`` with connections of their own, so that a ring's messages never meet the user's.
 
     name: what tells this ring from others over the same group; equal on all ranks. gloo: the connections.
-    stopped: the failure that ended this ring, or None. Making one is collective.
+    store: where all of them read and write. stopped: the failure that ended this ring, or None. Making one is
+    collective.
     """
 
     def __init__(self, group: ProcessGroup, name: str, timeout: float | None) -> None:
         self.timeout = _seconds(timeout)
         self.rank, self.size = group.rank(), group.size()
         self.stopped: BaseException | None = None
-        self._store = PrefixStore(f"ringcore/{name}", group.get_group_store())
+        self.store = PrefixStore(f"ringcore/{name}", group.get_group_store())
+        self._untold: BaseException | None = None
         self._lock = threading.Lock()
         self._open, self._owner = 0, 0
         try:
             # Not a group of torch.distributed's: new_group numbers ranks in an order of its own.
-            self.gloo: Any = ProcessGroupGloo(self._store, self.rank, self.size, timedelta(seconds=self.timeout))
+            self.gloo: Any = ProcessGroupGloo(self.store, self.rank, self.size, timedelta(seconds=self.timeout))
         except RuntimeError as exc:
             raise RingTimeout(
                 f"rank {self.rank} waited {self.timeout:g} s for all {self.size} ranks to enter the ring. Every rank "
@@ -71,7 +73,10 @@ class Circle:
             return tuple(head[_LENGTH.size :][:length] + tail for head, tail, length in parts)
 
     def check(self) -> None:
-        """Raise TransportError if an earlier call ended this ring."""
+        """Raise TransportError if an earlier call ended this ring, or the failure itself if nobody was told yet."""
+        if self._untold is not None:
+            error, self._untold = self._untold, None
+            raise error
         if self.stopped is not None:
             raise TransportError(
                 f"this ring ended when an earlier call failed ({_describe(self.stopped)}). Make a new process group, "
@@ -113,7 +118,7 @@ class Circle:
         self.stopped = error
         with suppress(RuntimeError):  # the store may have gone with its process
             # The first failure is the reason of all others.
-            self._store.compare_set(_FAILED, "", f"{self.rank} {_describe(error)}")
+            self.store.compare_set(_FAILED, "", f"{self.rank} {_describe(error)}")
         never = torch.empty(1, dtype=torch.uint8)
         for peer in self._peers():
             # A wait that times out closes every connection of its group; neither abort() nor letting go of the group
@@ -130,9 +135,35 @@ class Circle:
     def _look_after(self, peer: int, late: bool) -> None:
         """Raise if it is too late for the peer's note, if the peer is gone, or if a rank failed."""
         gone = self._mailbox is not None and not self._mailbox.lives(peer)
-        if late or gone or self._news(0.0) is not None:
+        if late or gone or self.heard() is not None:
             cause = RuntimeError(f"the process of rank {peer} has ended" if gone else "no note came")
             self._fail(cause, f"rank {peer} to take part in the call", late=late)
+
+    def end(self, error: BaseException) -> None:
+        """As `abort`, from a thread beside the calls: the next call raises the error."""
+        if self.stopped is None:
+            self._untold = error
+            self.abort(error)
+
+    def heard(self, patience: float = 0.0) -> PeerError | None:
+        """What a peer that failed has told, within so many seconds."""
+        end = time.monotonic() + patience
+        with suppress(RuntimeError):
+            while True:
+                if self.store.check([_FAILED]):
+                    rank, _, words = self.store.get(_FAILED).decode(errors="replace").partition(" ")
+                    return PeerError(f"rank {rank} failed, so rank {self.rank} stopped too: {words}")
+                if time.monotonic() >= end:
+                    break
+                time.sleep(0.02)
+        return None
+
+    def late(self, waiting_for: str) -> RingTimeout:
+        """The error of a rank whose deadline has passed."""
+        return RingTimeout(
+            f"rank {self.rank} waited {self.timeout:g} s for {waiting_for}. A rank may be stuck, gone, or not have "
+            "made this call; if it is only slow, raise RINGCORE_TIMEOUT (seconds)."
+        )
 
     def _gathered(self, mine: bytes, lengths: list[int]) -> list[bytes]:
         """Every rank's bytes, of these lengths."""
@@ -157,33 +188,15 @@ class Circle:
     def _fail(self, cause: RuntimeError, waiting_for: str, late: bool) -> NoReturn:
         """Raise what a failed operation means: a peer's own words if it told them."""
         self.check()
-        told = self._news(0.0 if late else _GRACE)
-        error: PeerError | RingTimeout
-        if told is not None:
-            rank, _, words = told.partition(" ")
-            error = PeerError(f"rank {rank} failed, so rank {self.rank} stopped too: {words}")
-        elif late:
-            error = RingTimeout(
-                f"rank {self.rank} waited {self.timeout:g} s for {waiting_for}. A rank may be stuck, gone, or not have "
-                "made this call; if it is only slow, raise RINGCORE_TIMEOUT (seconds)."
-            )
-        else:
+        error: PeerError | RingTimeout | None = self.heard(0.0 if late else _GRACE)
+        if error is None and late:
+            error = self.late(waiting_for)
+        elif error is None:
             error = PeerError(
                 f"a connection of rank {self.rank} broke while it waited for {waiting_for}: a rank is gone ({cause})"
             )
         self.abort(error)
         raise error from cause
-
-    def _news(self, patience: float) -> str | None:
-        end = time.monotonic() + patience
-        with suppress(RuntimeError):
-            while True:
-                if self._store.check([_FAILED]):
-                    return str(self._store.get(_FAILED).decode(errors="replace"))
-                if time.monotonic() >= end:
-                    break
-                time.sleep(0.02)
-        return None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -60,9 +60,9 @@ class Exchange:
         self._leaving = [(move, tuple(x.detach().contiguous() for x in blocks)) for move, blocks in sends]
         self._works: list[tuple[Any, str]] = []
         self._ended = False
-        for move, x in _tensors(self._arrived.items()):
+        for move, x in tensors(self._arrived.items()):
             self._begin(circle.gloo.recv, move, x, f"a {kind} block from rank {move.peer}")
-        for move, x in _tensors(self._leaving):
+        for move, x in tensors(self._leaving):
             self._begin(circle.gloo.send, move, x, f"a {kind} block to leave for rank {move.peer}")
 
     def wait(self) -> Mapping[Move, Blocks]:
@@ -81,7 +81,7 @@ class Exchange:
         self._works.append((self._circle.begin(operation, x, move.peer, tag, waiting_for), waiting_for))
 
 
-def _tensors(moves: Any) -> Iterator[tuple[Move, torch.Tensor]]:
+def tensors(moves: Any) -> Iterator[tuple[Move, torch.Tensor]]:
     """All tensors that are not empty, in an order that does not depend on how the moves were listed.
 
     Messages that share a peer and a tag arrive in the order in which they left.

@@ -5,9 +5,7 @@ Everything is ordered on streams, nothing waits on the host: the work of a whole
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
-from ringcore import Blocks, Move, Spec, TransportError, UnsupportedError
+from ringcore import Blocks, Move, Spec, TransportError
 from ringcore_torch.circle import Circle
 
 # Signals of a pair of ranks, by what they say.
@@ -24,28 +22,6 @@ _ALIGNED = 256  # bytes between the starts of tensors
 _KEPT = 64  # tensors in a region that are remembered: to make one takes the host as long as to launch a kernel
 
 Tensor = torch.Tensor
-
-
-def check_reach(circle: Circle, device: torch.device) -> None:
-    """Raise UnsupportedError, on every rank, unless the ranks' GPUs reach each other's memory. Collective."""
-    mine = {"machine": platform.node(), "gpu": str(torch.cuda.get_device_properties(device).uuid)}
-    notes = [json.loads(note) for note in circle.gather(json.dumps(mine).encode())]
-    visible = {str(torch.cuda.get_device_properties(n).uuid): n for n in range(torch.cuda.device_count())}
-    peers = [visible[note["gpu"]] for note in notes if note["gpu"] in visible]
-    far = [n for n in peers if n != device.index and not torch.cuda.can_device_access_peer(device.index, n)]
-    everybodys = [json.loads(note) for note in circle.gather(json.dumps(far).encode())]
-    reason = ""
-    if len({note["machine"] for note in notes}) > 1:
-        reason = "they are on several machines"
-    elif len({note["gpu"] for note in notes}) < len(notes):
-        reason = "several ranks use one GPU; call torch.cuda.set_device before the ring is made"
-    elif any(everybodys):
-        reason = f"the GPUs that each rank cannot reach are {everybodys}"
-    if reason:
-        raise UnsupportedError(
-            f"the ranks' GPUs cannot reach each other's memory ({reason}), and blocks on GPUs have no other way to "
-            "travel yet. Use GPUs of one machine, one for each rank, or move q, k and v to host memory: q.cpu()."
-        )
 
 
 class Region:
@@ -86,6 +62,7 @@ class PeerMemory:
     """
 
     explain = "peer memory: the GPUs' copy engines pull blocks and push gradients"
+    in_place = True
 
     def __init__(self, circle: Circle, group: Any, device: torch.device) -> None:
         self._circle, self._group, self._device = circle, group, device
@@ -122,7 +99,7 @@ class PeerMemory:
             self._visiting.handle.barrier(_READY, self._deadline)
 
     def fetch(self, owner: int, rows: slice | None, seen: slice | None) -> Blocks:
-        """Begin to pull what ``owner`` published; it has arrived once `arrival`, begun after, was waited for."""
+        """Begin to pull what ``owner`` published; it has arrived once the exchange that follows was waited for."""
         if self._visiting is None:
             raise LookupError("nothing is published")
         theirs = self._visiting.blocks(owner, self._specs[owner])
@@ -134,14 +111,16 @@ class PeerMemory:
                 _copy(mine[:, :, wanted], x[:, :, wanted])
         return pulled
 
-    def arrival(self) -> Streamed:
+    def _arrival(self) -> Streamed:
         """What was fetched so far."""
         return Streamed(self._index, self._pulling.record_event(), {}, ())
 
     def exchange(
-        self, sends: Sequence[tuple[Move, Blocks]], receives: Sequence[tuple[Move, Sequence[Spec]]]
+        self, kind: str, sends: Sequence[tuple[Move, Blocks]], receives: Sequence[tuple[Move, Sequence[Spec]]]
     ) -> Streamed | Home:
-        """Begin to push accumulators, or to wait for them."""
+        """Begin to push accumulators, or to wait for them; of visiting blocks, wait for those that were fetched."""
+        if kind == "visiting":
+            return self._arrival()
         if self._carried is None:
             raise LookupError("no memory for accumulators")
         self._tell_taken()
@@ -159,6 +138,9 @@ class PeerMemory:
             for move, blocks in sends:
                 self._push(self._carried, move, blocks)
         return Streamed(self._index, self._pushing.record_event(), arriving, tuple(blocks for _, blocks in sends))
+
+    def abort(self) -> None:
+        """Nothing: what waits for a peer's signal has a deadline of its own."""
 
     def retire(self) -> None:
         """Nothing published is read after this."""

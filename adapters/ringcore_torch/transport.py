@@ -13,7 +13,9 @@ from ringcore import Blocks, Move, Pending, Spec, UnsupportedError
 from ringcore_torch.circle import Circle
 from ringcore_torch.groups import checked_group, next_name
 from ringcore_torch.messages import GlooMessages
-from ringcore_torch.peer_memory import PeerMemory, check_reach
+from ringcore_torch.nccl import NcclMessages
+from ringcore_torch.peer_memory import PeerMemory
+from ringcore_torch.reach import NCCL, PEER_MEMORY, check_carrier, choose_carrier
 
 _rings: WeakKeyDictionary[Any, TorchTransport] = WeakKeyDictionary()
 
@@ -25,14 +27,20 @@ class TorchTransport:
         processes, so that its messages never meet yours. Ranks count within the group.
     node: ranks with equal numbers count as one machine; None takes the machines as they are.
     timeout: seconds that a rank waits for its peers; None takes RINGCORE_TIMEOUT from the environment, or 120.
+    carrier: how blocks on GPUs travel. "peer_memory": each GPU reads and writes the others' memory; "nccl": as NCCL's
+        messages; None takes peer memory if all GPUs reach each other's, else NCCL. Blocks in host memory go over gloo.
 
     Making one is collective. One call at a time: a second thread needs a ring of its own.
 
     Attributes: rank, size, node, sharers as in `ringcore.Transport`.
-    Raises TransportError if there is no ring to be had: no process group, or one that this process is not in.
+    Raises TransportError if there is no ring to be had: no process group, or one that this process is not in;
+    KeywordError for a carrier that there is not, UnsupportedError for one that this Torch was built without.
     """
 
-    def __init__(self, group: Any, *, node: int | None = None, timeout: float | None = None) -> None:
+    def __init__(
+        self, group: Any, *, node: int | None = None, timeout: float | None = None, carrier: str | None = None
+    ) -> None:
+        check_carrier(carrier)
         group = checked_group(group)
         self._name = group.group_name  # not the group: it ends with the last that holds it
         self._circle = Circle(group, next_name(group), timeout)
@@ -42,23 +50,27 @@ class TorchTransport:
         places = self._circle.gather(place.encode())
         self.node = places.index(place.encode())
         self.sharers = places.count(place.encode())
-        self._peer_memory: PeerMemory | None = None
+        self._asked = carrier
+        self._carrier: PeerMemory | NcclMessages | None = None  # made at the first call with blocks on a GPU
+        self._device: torch.device | None = None  # that GPU
 
     @property
     def explain(self) -> str:
         """How blocks travel."""
-        carriers = f"{self._messages.explain}; blocks on GPUs: {PeerMemory.explain}"
-        return f"torch.distributed, rank {self.rank} of {self.size}; {carriers}"
+        ways = {PEER_MEMORY: PeerMemory.explain, NCCL: NcclMessages.explain}
+        either = f"{PeerMemory.explain}; or, if they do not reach each other's memory, {NcclMessages.explain}"
+        gpus = self._carrier.explain if self._carrier else ways.get(self._asked or "", either)
+        return f"torch.distributed, rank {self.rank} of {self.size}; {self._messages.explain}; blocks on GPUs: {gpus}"
 
     @property
     def messages_sent(self) -> int:
         """How many tensors of blocks have left this rank."""
-        return self._messages.messages_sent + (self._peer_memory.messages_sent if self._peer_memory else 0)
+        return self._messages.messages_sent + (self._carrier.messages_sent if self._carrier else 0)
 
     @property
     def bytes_sent(self) -> int:
         """How many bytes of blocks have left this rank; those that others read from its memory are not counted."""
-        return self._messages.bytes_sent + (self._peer_memory.bytes_sent if self._peer_memory else 0)
+        return self._messages.bytes_sent + (self._carrier.bytes_sent if self._carrier else 0)
 
     def check(self, *arrays: Any) -> None:
         """Raise UnsupportedError unless all are tensors that can travel from where they are."""
@@ -69,6 +81,11 @@ class TorchTransport:
                 f"the tensors are on {arrays[0].device}, but rank {self.rank} works on GPU "
                 f"{torch.cuda.current_device()}. Call torch.cuda.set_device({arrays[0].device.index}) first."
             )
+        elif self._device not in (None, arrays[0].device):
+            raise UnsupportedError(
+                f"the tensors are on {arrays[0].device}, but this ring's connections on rank {self.rank} are those of "
+                f"{self._device}. Make another ring for them: ring=torch.distributed.new_group(...)."
+            )
 
     def capturing(self) -> bool:
         """Whether the caller's work is recorded for a graph, not run."""
@@ -77,7 +94,7 @@ class TorchTransport:
 
     def reaches(self, reader: int, owner: int) -> bool:
         """Whether ``reader`` can fetch what ``owner`` published."""
-        return reader != owner
+        return self._carrier is not None and self._carrier.in_place and reader != owner
 
     def publish(
         self,
@@ -85,28 +102,34 @@ class TorchTransport:
         specs: Mapping[int, Sequence[Spec]],
         carried: Mapping[int, Sequence[Spec]] | None = None,
     ) -> bool:
-        """Make this rank's blocks on a GPU readable by all. False for blocks in host memory, which go as messages."""
+        """Begin a call on GPUs: where they have peer memory, make this rank's blocks readable by all.
+
+        False for blocks in host memory, which go as messages.
+        """
         if not blocks[0].is_cuda:
             return False
-        if self._peer_memory is None:
-            check_reach(self._circle, blocks[0].device)
-            self._peer_memory = PeerMemory(self._circle, self._name, blocks[0].device)
-        self._peer_memory.publish(blocks, specs, carried or {})
+        if self._carrier is None:
+            self._carrier = self._made(blocks[0].device)
+            self._device = blocks[0].device
+        self._carrier.publish(blocks, specs, carried or {})
         return True
+
+    def _made(self, device: torch.device) -> PeerMemory | NcclMessages:
+        if choose_carrier(self._circle, device, self._asked) == PEER_MEMORY:
+            return PeerMemory(self._circle, self._name, device)
+        return NcclMessages(self._circle, device)
 
     def fetch(self, owner: int, rows: slice | None, seen: slice | None = None) -> Blocks:
         """What ``owner`` published, there once the exchange that follows was waited for."""
-        return self._published.fetch(owner, rows, seen)
+        if not isinstance(self._carrier, PeerMemory):
+            raise LookupError("nothing was published")
+        return self._carrier.fetch(owner, rows, seen)
 
     def retire(self) -> None:
-        """No rank reads published blocks after this. Collective."""
-        self._published.retire()
-
-    @property
-    def _published(self) -> PeerMemory:
-        if self._peer_memory is None:
+        """The end of a call on GPUs: no rank reads published blocks, or sends, after this. Collective."""
+        if self._carrier is None:
             raise LookupError("nothing was published")
-        return self._peer_memory
+        self._carrier.retire()
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
@@ -120,15 +143,15 @@ class TorchTransport:
     ) -> Pending:
         """Start all sends and receives; blocks stay untouched until the answer's wait returns."""
         like = [x for _, blocks in sends for x in blocks] + [spec.like for _, specs in receives for spec in specs]
-        if self._peer_memory is not None and all(x.is_cuda for x in like):
-            if kind == "visiting":
-                return self._peer_memory.arrival()
-            return self._peer_memory.exchange(sends, receives)
+        if self._carrier is not None and all(x.is_cuda for x in like):
+            return self._carrier.exchange(kind, sends, receives)
         return self._messages.exchange(kind, sends, receives)
 
     def abort(self, error: BaseException) -> None:
         """Tell every peer that this rank failed; the ring is of no use afterwards."""
         self._circle.abort(error)
+        if self._carrier is not None:
+            self._carrier.abort()
 
 
 def adapt(ring: Any) -> TorchTransport:

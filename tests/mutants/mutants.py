@@ -15,6 +15,7 @@ import mutants_gloo
 import mutants_layout
 import mutants_loop
 import mutants_mpi
+import mutants_nccl
 import mutants_numpy
 import mutants_values
 from mutant import Mutant
@@ -26,4 +27,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *mutants_numpy.MUTANTS,
     *mutants_mpi.MUTANTS,
     *mutants_gloo.MUTANTS,
+    *mutants_nccl.MUTANTS,
 )

@@ -72,7 +72,7 @@ MUTANTS = (
     GlooMutant(
         "a failure whose words are not left for others",
         CIRCLE,
-        '            self._store.compare_set(_FAILED, "", f"{self.rank} {_describe(error)}")\n',
+        '            self.store.compare_set(_FAILED, "", f"{self.rank} {_describe(error)}")\n',
         "            pass\n",
         f"{WORLD}/test_gloo_transport.py",
         "abort_reaches_every_peer",
