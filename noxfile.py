@@ -67,7 +67,9 @@ def strict(session: nox.Session) -> None:
 def torch(session: nox.Session) -> None:
     """Torch on the CPU: autograd, ring in one process, and over MPI; launches under torchrun that fail."""
     install(session, "test,mpich", TORCH)
-    pytest(session, "tests/torch_adapter", *(f"--ignore=tests/torch_adapter/{part}" for part in ("world", "gpu")))
+    pytest(
+        session, "tests/torch_adapter", *(f"--ignore=tests/torch_adapter/{part}" for part in ("world", "gpu", "gpus"))
+    )
     pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
     pytest(session, "tests/mpi/world/test_mpi_arrays.py", "-k", "torch", ranks=2)
@@ -243,6 +245,10 @@ def torch_cuda(session: nox.Session) -> None:
 
 @nox.session(name="torch-cuda-ring", default=False)
 def torch_cuda_ring(session: nox.Session) -> None:
-    """A ring of 2 GPUs over each other's memory; fails without them."""
+    """A ring of 2 GPUs, over each other's memory and over NCCL; fails without them."""
     install(session, "test", *(session.posargs or [TORCH]))
-    pytest(session, CONFORMANCE, "--backend", "torch-cuda", "--ring", "gloo", ranks=2, launcher="torchrun")
+    under = {"ranks": 2, "launcher": "torchrun"}
+    for ring in ("gloo", "nccl"):
+        pytest(session, CONFORMANCE, "--backend", "torch-cuda", "--ring", ring, **under)
+    pytest(session, "tests/torch_adapter/gpus/world", **under)
+    pytest(session, "tests/torch_adapter/gpus/test_launch_gpus.py")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -276,7 +276,17 @@ class GlooRing(ProcessRing):
         return Group(dist.get_rank(group), group, allgather)
 
 
-RINGS = {"local": LocalRing, "mpi": MpiRing, "mpi-nodes": MpiNodesRing, "gloo": GlooRing}
+class NcclRing(GlooRing):
+    """As GlooRing, but tensors on GPUs go as NCCL's messages even where GPUs reach each other's memory."""
+
+    def group(self, size: int) -> Group | None:
+        from ringcore_torch import TorchTransport
+
+        found = super().group(size)
+        return None if found is None else replace(found, ring=TorchTransport(found.ring, carrier="nccl"))
+
+
+RINGS = {"local": LocalRing, "mpi": MpiRing, "mpi-nodes": MpiNodesRing, "gloo": GlooRing, "nccl": NcclRing}
 
 
 def _call(backend, arrays, keywords, axes, wrt, **where):

@@ -81,8 +81,10 @@ def test_without_an_initialised_world_there_is_no_ring():
 
 
 def test_the_example_of_the_documentation_is_right():
-    example = Path(__file__).parents[2] / "docs" / "examples" / "torchrun_gloo.py"
-    status, _, output = launching.run([*TORCHRUN, "2", str(example)], launching.environment(), LIMIT)
+    example = Path(__file__).parents[2] / "docs" / "examples" / "torchrun_ring.py"
+    status, _, output = launching.run(
+        [*TORCHRUN, "2", str(example), "--backend", "gloo"], launching.environment(), LIMIT
+    )
     assert status == 0, output
     (line,) = [line for line in output.splitlines() if line.startswith("2 ranks over gloo")]
     differences = [float(number) for number in re.findall(r" d?[a-z]+ (\d\.\de-\d\d)", line)]

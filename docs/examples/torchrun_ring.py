@@ -1,33 +1,36 @@
 """Exact attention and its gradients over a ring of processes, compared with dense attention in one.
 
-    torchrun --nproc-per-node 4 docs/examples/torchrun_gloo.py
+    torchrun --nproc-per-node 4 docs/examples/torchrun_ring.py [--backend gloo | nccl] [--carrier peer_memory | nccl]
 
 Every rank draws the same whole q, k and v, keeps its own rows, and computes attention and gradients over the ring. The
-largest differences to dense attention in float64 are printed. Where every rank has a GPU the group is made with NCCL.
+largest differences to dense attention in float64 are printed. With gloo the tensors are in host memory. With NCCL each
+rank has a GPU; the ring then takes the GPUs' memory, or NCCL's messages where that does not reach, or the carrier that
+is asked for. Without --backend it is NCCL where every rank on this machine has a GPU.
 """
 
+import argparse
 import os
 
 import torch
 import torch.distributed as dist
 
 import ringcore
+from ringcore_torch import TorchTransport
 
 HEADS, LENGTH, WIDTH = 4, 1000, 64
 LAYOUT = "zigzag"
 
 
-def begin():
-    """The world's process group, and this rank's device."""
-    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
-    if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks:
+def begin(backend):
+    """Initialise the world; this rank's device."""
+    if backend == "gloo":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-    return dist.group.WORLD, device
+    return device
 
 
 def dense(q, k, v):
@@ -39,7 +42,13 @@ def dense(q, k, v):
 
 def main():
     """Attend over the ring, go backward, and compare."""
-    ring, device = begin()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    parser.add_argument("--backend", choices=("gloo", "nccl"), default="nccl" if gpus else "gloo")
+    parser.add_argument("--carrier", choices=("peer_memory", "nccl"))
+    options = parser.parse_args()
+    device = begin(options.backend)
+    ring = TorchTransport(dist.group.WORLD, carrier=options.carrier)  # dist.group.WORLD itself, if there is no choice
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(1, HEADS, LENGTH, WIDTH, generator=generator).to(device) for _ in range(4)]
@@ -62,6 +71,7 @@ def main():
     if rank == 0:
         text = ", ".join(f"{name} {value:.1e}" for name, value in zip(pairs, largest.tolist(), strict=True))
         print(f"{size} ranks over {dist.get_backend()}, largest differences to dense attention: {text}")
+        print(ring.explain)
     dist.destroy_process_group()
 
 
