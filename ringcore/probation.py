@@ -31,8 +31,8 @@ def fault(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
     """
     if not kernels.capabilities.fused:
         return None
-    masked, gradient = "mask" in needs, "gradient" in needs
-    key = str(array_api_compat.device(q)), dtype_name(q), q.shape[3], v.shape[3], masked, gradient
+    asked = needs & {"bias", "mask", "gradient", "bias_gradient"}
+    key = str(array_api_compat.device(q)), dtype_name(q), q.shape[3], v.shape[3], asked
     try:
         known = _found.setdefault(id(kernels), {})
         if not known:
@@ -40,11 +40,11 @@ def fault(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
     except TypeError:  # nothing tells when they end, so nothing is remembered of them
         known = {}
     if key not in known and not getattr(kernels, "capturing", bool)():
-        known[key] = _tried(kernels, q, v.shape[3], masked, gradient)
+        known[key] = _tried(kernels, q, v.shape[3], asked)
     return known.get(key)
 
 
-def _tried(kernels: Kernels, like: Array, width: int, masked: bool, gradient: bool) -> str | None:
+def _tried(kernels: Kernels, like: Array, width: int, asked: frozenset[str]) -> str | None:
     q, k, v, dout = (
         _waves(like, heads, columns, phase)
         for heads, columns, phase in (
@@ -57,14 +57,17 @@ def _tried(kernels: Kernels, like: Array, width: int, masked: bool, gradient: bo
     xp, score = namespace(q), Score(1 / math.sqrt(like.shape[3]))
     numbers = xp.arange(_SIDE, dtype=xp.int64, device=array_api_compat.device(q))
     mask = (numbers[:, None] + numbers[None, :]) % 7 > 0
-    mask = (mask & (numbers != 5)[:, None])[None, None, :, :] if masked else None  # row 5 sees nothing
+    mask = (mask & (numbers != 5)[:, None])[None, None, :, :]  # row 5 sees nothing
+    bias = xp.where((numbers[:, None] * 3 + numbers[None, :]) % 11 > 0, _waves(like, 2, _SIDE, 2.3), -math.inf)
+    terms = {name: x for name, x in (("bias", bias), ("mask", mask)) if name in asked}
+    keywords: dict[str, Any] = {"score": score, "tile": _TILE, **terms}
     try:
-        due = _REFERENCE.forward(q, k, v, score=score, tile=_TILE, mask=mask)
-        part = kernels.forward(q, k, v, score=score, tile=_TILE, mask=mask)
+        due = _REFERENCE.forward(q, k, v, **keywords)
+        part = kernels.forward(q, k, v, **keywords)
         came = merge(empty_partial(q, width), part)
         found = {"out": (came.out, due.out), "lse": _lse(came, due)}
-        if gradient:
-            found |= _gradients(kernels, (dout, q, k, v), due, score, mask)
+        if "gradient" in asked:
+            found |= _gradients(kernels, (dout, q, k, v), due, keywords, "bias_gradient" in asked)
         errors = {name: _distance(*pair) for name, pair in found.items()}
     except Exception as error:  # whatever it is, other kernels may do better
         return f"they failed on a small tile ({type(error).__name__}: {error})"
@@ -73,7 +76,7 @@ def _tried(kernels: Kernels, like: Array, width: int, masked: bool, gradient: bo
 
 
 def _gradients(
-    kernels: Kernels, arrays: tuple[Array, Array, Array, Array], due: Partial, score: Score, mask: Array | None
+    kernels: Kernels, arrays: tuple[Array, Array, Array, Array], due: Partial, keywords: dict[str, Any], of_bias: bool
 ) -> dict[str, tuple[Array, Array]]:
     """Each gradient of the kernels, and that of the reference."""
     dout, *inputs = arrays
@@ -84,12 +87,13 @@ def _gradients(
         "lse": finished_lse(due.maximum, due.total, math.inf),
         "dlse": None,
     }
-    keywords: dict[str, Any] = {"score": score, "tile": _TILE, "mask": mask}
-    own = kernels.backward(*given, None, into=Gradients(), **{**keywords, **rows})
+    dbias = xp.zeros_like(xp.astype(keywords["bias"], wide.dtype)) if of_bias else None
+    own = kernels.backward(*given, None, into=Gradients(dbias=dbias), **{**keywords, **rows})
     delta = xp.sum(wide * xp.astype(dout, wide.dtype), axis=-1)
-    zeros = Gradients(*(xp.zeros_like(xp.astype(x, wide.dtype)) for x in inputs))
+    zeros = Gradients(*(xp.zeros_like(xp.astype(x, wide.dtype)) for x in (*inputs, *([dbias] if of_bias else []))))
     sums = _REFERENCE.backward(*given, delta, into=zeros, **keywords)
-    return {name: (getattr(own, name), getattr(sums, name)) for name in ("dq", "dk", "dv")}
+    names = ("dq", "dk", "dv", "dbias") if of_bias else ("dq", "dk", "dv")
+    return {name: (getattr(own, name), getattr(sums, name)) for name in names}
 
 
 def _waves(like: Array, heads: int, columns: int, phase: float) -> Array:

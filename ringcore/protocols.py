@@ -63,10 +63,10 @@ class Kernels(Protocol):
         """``into`` plus the tile's gradients, in the accumulation dtype; fields that are None stay None.
 
         maximum and total [B, H, S] are those of the finished row over all keys, delta is
-        rowsum(dout * out) - dlse. The buffers of ``into`` may be reused. ``fused`` kernels get no delta and an empty
-        ``into``, and three keywords more: of the finished rows ``out`` [B, H, S, E] in q's dtype and ``lse`` [B, H, S],
-        +inf where a row saw no key so that exp(s - lse) is 0; and ``dlse`` [B, H, S] or None. They return the tile's
-        own dq, dk and dv, in any floating dtype.
+        rowsum(dout * out) - dlse. The buffers of ``into`` may be reused. ``fused`` kernels get no delta and an
+        ``into`` of dbias alone, and three keywords more: of the finished rows ``out`` [B, H, S, E] in q's dtype and
+        ``lse`` [B, H, S], +inf where a row saw no key so that exp(s - lse) is 0; and ``dlse`` [B, H, S] or None. They
+        return the tile's own dq, dk and dv, in any floating dtype, beside ``into.dbias`` plus its share.
         """
         ...
 

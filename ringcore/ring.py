@@ -196,14 +196,14 @@ class BackwardWork:
         self.maximum, self.total = maximum, total
         self.delta: Array | None = None
         self.rows: dict[str, Array | None] = {}
-        self.dq = self.dbias = None
+        self.dq = None
         self.sum = Sum(forward.q)
+        self.dbias = _zeros(forward.bias) if "bias" in wanted else None
         if forward.fused:
             self.rows = {"out": out, "lse": forward.arithmetic.finished_lse(maximum, total, math.inf), "dlse": dlse}
             return
         self.delta = _delta(dout, wide, dlse)
         self.dq = _zeros(forward.q) if "q" in wanted else None
-        self.dbias = _zeros(forward.bias) if "bias" in wanted else None
 
     def visiting(self) -> Blocks:
         """k [B, Hk, T, D] and v [B, Hk, T, E]."""
@@ -243,15 +243,15 @@ class BackwardWork:
         """Add the gradients that the kernels return."""
         sums = {"q": self.sum, "k": Sum(k), "v": Sum(v)}
         for tile in self.forward.pieces(tiles):
-            for name in self.wanted:
-                sums[name].settle()
-            gained = self._backward(k, v, tile, Gradients())
-            found = (
-                ("q", row_index(tile), gained.dq),
-                ("k", key_index(tile), gained.dk),
-                ("v", key_index(tile), gained.dv),
-            )
-            for name, index, part in found:
+            for total in sums.values():
+                total.settle()
+            rows, keys = row_index(tile), key_index(tile)
+            bias_index = () if self.dbias is None else term_index(self.dbias, tile)
+            into = Gradients(dbias=None if self.dbias is None else self.dbias[bias_index])
+            gained = self._backward(k, v, tile, into)
+            if self.dbias is not None and gained.dbias is not into.dbias:
+                self.dbias = put(self.dbias, bias_index, gained.dbias)
+            for name, index, part in (("q", rows, gained.dq), ("k", keys, gained.dk), ("v", keys, gained.dv)):
                 if name in self.wanted:
                     sums[name].add(index, part)
         share = tuple(sums[name].take() for name in ("k", "v") if name in self.wanted)

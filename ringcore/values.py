@@ -214,7 +214,8 @@ class Capabilities:
 
     dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any. devices: kinds of
     device, such as "cpu" and "cuda"; empty is any.
-    bias, mask, softcap, window (how far to the left), gradient: which of these they do.
+    bias, mask, softcap, window (how far to the left), gradient: which of these they do. bias_gradient: whether the
+    gradients include that of a bias.
     fused: they know one tile alone. Forward returns its own partial, from out and lse; backward is given ``out``,
     ``lse`` and ``dlse`` of the finished rows, and returns its own gradients. ringcore adds both up. Before their
     first use on a device they are held against the reference kernels.
@@ -236,6 +237,7 @@ class Capabilities:
     softcap: bool = True
     window: bool = True
     gradient: bool = True
+    bias_gradient: bool = True
     fused: bool = False
     bands: str = "any"
     strip: int = 256
@@ -244,11 +246,6 @@ class Capabilities:
     largest_head: int | None = None
     head_multiple: int = 1
     equal_heads: bool = False
-
-    @property
-    def bias_gradient(self) -> bool:
-        """Whether the gradients that they give include that of a bias; what fused kernels return has none."""
-        return not self.fused
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Fused:
     """Right kernels of the fused kind: one tile's out and lse, and its own gradients."""
 
     def __init__(self):
-        self.capabilities = ringcore.Capabilities("fused", fused=True, bands="triangles")
+        self.capabilities = ringcore.Capabilities("fused", fused=True, bands="triangles", bias_gradient=False)
         self.tries = 0
 
     def forward(self, q, k, v, **keywords):
@@ -31,14 +31,17 @@ class Fused:
 
     def backward(self, dout, q, k, v, maximum, total, delta, *, out, lse, dlse, into, **keywords):
         assert delta is None
-        assert into == Gradients()
-        np.testing.assert_allclose(lse, maximum + np.log(total))
+        assert into.dq is into.dk is into.dv is None
+        np.testing.assert_allclose(lse, np.where(total > 0, maximum + np.log(np.where(total > 0, total, 1)), np.inf))
         xp, wide = namespace(q), accumulation_dtype(q)
         delta = xp.sum(xp.astype(out, wide) * xp.astype(dout, wide), axis=-1)
         delta = delta if dlse is None else delta - dlse
-        sums = Gradients(*(xp.zeros(x.shape, dtype=wide) for x in (q, k, v)))
+        sums = replace(
+            into, **{f"d{name}": xp.zeros(x.shape, dtype=wide) for name, x in (("q", q), ("k", k), ("v", v))}
+        )
         found = REFERENCE.backward(dout, q, k, v, maximum, total, delta, into=sums, **keywords)
-        return self.spoil_gradients(Gradients(*(x.astype(q.dtype) for x in (found.dq, found.dk, found.dv))))
+        own = (x.astype(q.dtype) for x in (found.dq, found.dk, found.dv))
+        return self.spoil_gradients(Gradients(*own, found.dbias))
 
     def spoil_gradients(self, gradients):
         return gradients
@@ -159,6 +162,39 @@ def test_kernels_that_cannot_be_remembered_are_tried_each_time():
     assert kernels.tries == 2 * 2
 
 
-def test_a_gradient_of_a_bias_is_nothing_that_fused_kernels_give():
+def test_a_gradient_of_a_bias_is_given_by_kernels_that_say_so_alone():
     with pytest.raises(UnsupportedError, match="'fused' cannot do this call: they have no bias gradient"):
         ringcore.ring_attention_vjp(*arrays(), bias=np.zeros((12, 12)), wrt=("q", "bias"), kernels=Fused())
+
+
+def with_bias_gradient():
+    kernels = Fused()
+    kernels.capabilities = replace(kernels.capabilities, bias_gradient=True)
+    return kernels
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 12), (1, 12), (12, 1)])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_gradient_of_a_bias_is_summed_over_the_tiles_of_fused_kernels(size, shape):
+    bias = np.random.default_rng(5).standard_normal(shape)
+    mask = np.random.default_rng(6).random((12, 12)) < 0.7
+    keywords = {"bias": bias, "mask": mask, "wrt": ("bias", "k"), "causal": True, "ring_size": size, "layout": "zigzag"}
+    (out, _), pullback = ringcore.ring_attention_vjp(*arrays(), kernels=with_bias_gradient(), **keywords)
+    _, due = ringcore.ring_attention_vjp(*arrays(), kernels="reference", **keywords)
+    for came, expected in zip(pullback(np.cos(out)), due(np.cos(out)), strict=True):
+        np.testing.assert_allclose(came, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (1, 12)])
+def test_a_wrong_gradient_of_a_bias_is_refused_before_use(shape):
+    kernels = with_bias_gradient()
+    kernels.spoil_gradients = lambda gained: replace(gained, dbias=gained.dbias * 2)
+    with pytest.raises(UnsupportedError, match="dbias is off by"):
+        ringcore.ring_attention_vjp(*arrays(), bias=np.zeros(shape), wrt=("q", "bias"), kernels=kernels)
+
+
+def test_a_swallowed_bias_is_found_before_use():
+    kernels = Fused()
+    kernels.forward = lambda *given, bias=None, **keywords: Fused.forward(kernels, *given, **keywords)
+    with pytest.raises(UnsupportedError, match="out is off by"):
+        ringcore.ring_attention(*arrays(), bias=np.zeros((12, 12)), kernels=kernels)

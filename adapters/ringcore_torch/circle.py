@@ -47,6 +47,7 @@ class Circle:
         self._untold: BaseException | None = None
         self._lock = threading.Lock()
         self._open, self._owner = 0, 0
+        self._mailbox: Mailbox | None = None
         try:
             # Not a group of torch.distributed's: new_group numbers ranks in an order of its own.
             self.gloo: Any = ProcessGroupGloo(self.store, self.rank, self.size, timedelta(seconds=self.timeout))
@@ -55,7 +56,6 @@ class Circle:
                 f"rank {self.rank} waited {self.timeout:g} s for all {self.size} ranks to enter the ring. Every rank "
                 f"of the process group must make the call. ({exc})"
             ) from exc
-        self._mailbox: Mailbox | None = None
         self._mailbox = open_mailbox(self.gather, self.rank, self.size, _NOTE)
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
@@ -119,6 +119,8 @@ class Circle:
         with suppress(RuntimeError):  # the store may have gone with its process
             # The first failure is the reason of all others.
             self.store.compare_set(_FAILED, "", f"{self.rank} {_describe(error)}")
+        if self._mailbox is not None:
+            self._mailbox.stop()
         never = torch.empty(1, dtype=torch.uint8)
         for peer in self._peers():
             # A wait that times out closes every connection of its group; neither abort() nor letting go of the group

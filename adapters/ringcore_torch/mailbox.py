@@ -42,9 +42,15 @@ class Mailbox:
         start = self._start(self._rank)
         self._memory[start + _HEADER.size : start + _HEADER.size + self._room] = mine
         _HEADER.pack_into(self._memory, start, self._count, self._sum(mine))
-        return [
-            mine if peer == self._rank else self._wait(peer, deadline, check) for peer in range(len(self._processes))
-        ]
+        peers = range(len(self._processes))
+        notes = [mine if peer == self._rank else self._wait(peer, deadline, check) for peer in peers]
+        if any(flags := self._memory[-len(peers) :]):  # who left its note may have stopped waiting for this one
+            check(next(peer for peer in peers if flags[peer]), False)
+        return notes
+
+    def stop(self) -> None:
+        """Tell every peer that this rank waits no more."""
+        self._memory[self._rank - len(self._processes)] = 1
 
     def lives(self, peer: int) -> bool:
         """Whether the peer's process is there, and has not ended."""
@@ -87,7 +93,7 @@ def open_mailbox(gather: Gather, rank: int, size: int, room: int) -> Mailbox | N
 
     None, on every rank, unless all share memory and see each other's processes.
     """
-    length = 2 * size * _stride(room)
+    length = 2 * size * _stride(room) + size  # at the end a flag of each rank
     memory, path, token = None, None, secrets.token_bytes(16)
     if rank == 0:
         memory, path = _created(length, token)

@@ -100,6 +100,24 @@ def test_who_waits_asks_whether_it_is_too_late():
     assert 1 <= asked.count((1, False)) <= 8
 
 
+def test_a_note_of_a_rank_that_stopped_is_none():
+    def work(rank, box):
+        asked = []
+        if rank == 1:
+            box.gathered(note(1, 0), time.monotonic() + 20, never)
+            box.stop()
+            box.gathered(note(1, 1), time.monotonic() + 20, never)
+        else:
+            box.gathered(note(0, 0), time.monotonic() + 20, never)
+            deadline = time.monotonic() + 20
+            while not box._memory[-1] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            box.gathered(note(0, 1), time.monotonic() + 20, lambda *about: asked.append(about))
+        return asked
+
+    assert run(2, work)[0] == [(1, False)]
+
+
 def test_a_process_that_ended_does_not_live():
     def alive_until(process):
         deadline = time.monotonic() + 20
