@@ -21,6 +21,7 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 CONFORMANCE = "tests/conformance"
 TORCH = "torch==2.13.0"  # pinned here alone: a newer one is not what was tested
+TRITON = "triton==3.6.0"  # Torch for the CPU brings none
 TRANSFORMERS = "transformers==5.17.0"  # likewise
 JAX = "jax[cpu]"
 RING_FLASH_ATTN = "ring-flash-attn==0.1.8"  # what benchmarks compare with; its flash_attn is a stand-in of ours
@@ -68,11 +69,23 @@ def torch(session: nox.Session) -> None:
     """Torch on the CPU: autograd, ring in one process, and over MPI; launches under torchrun that fail."""
     install(session, "test,mpich", TORCH)
     pytest(
-        session, "tests/torch_adapter", *(f"--ignore=tests/torch_adapter/{part}" for part in ("world", "gpu", "gpus"))
+        session,
+        "tests/torch_adapter",
+        *(f"--ignore=tests/torch_adapter/{part}" for part in ("world", "gpu", "gpus", "interpreted")),
     )
     pytest(session, CONFORMANCE, "--backend", "torch", *session.posargs)
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "mpi", *session.posargs, ranks=2)
     pytest(session, "tests/mpi/world/test_mpi_arrays.py", "-k", "torch", ranks=2)
+
+
+@nox.session
+def triton(session: nox.Session) -> None:
+    """The kernels in Triton without a GPU: run by its interpreter, and compiled for GPUs."""
+    install(session, "test", TORCH, TRITON, "numpy<2.4")  # with newer ones the interpreter makes no loops
+    folder = "tests/torch_adapter/interpreted"
+    pytest(session, f"{folder}/test_compiled.py", *session.posargs)
+    session.env["TRITON_INTERPRET"] = "1"
+    pytest(session, f"{folder}/test_interpreted.py", *session.posargs)
 
 
 @nox.session

@@ -231,6 +231,5 @@ def test_the_best_that_can_is_taken():
         return choose_kernels(None, x, x, frozenset(needs))[0].capabilities.name
 
     assert chosen(64, torch.bfloat16, "gradient", "window", "softcap") == "torch.cuda.flash4"
-    assert chosen(60, torch.bfloat16) == "reference"
-    assert chosen(64, torch.float32) == "reference"
-    assert chosen(64, torch.bfloat16, "mask") == "reference"
+    assert chosen(64, torch.bfloat16, "mask") == "torch.cuda.triton"
+    assert chosen(64, torch.float64) == "reference"
