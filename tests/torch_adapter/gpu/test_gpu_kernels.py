@@ -9,7 +9,7 @@ import ringcore
 from ringcore import Partial, UnsupportedError
 
 pytestmark = pytest.mark.timeout(300)
-KERNELS = ("torch.cuda.flash4", "torch.cuda.cudnn", "torch.cuda.flash2")
+KERNELS = ("torch.cuda.flash4", "torch.cuda.cudnn", "torch.cuda.flash2", "torch.cuda.triton")
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 GRADIENT = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
