@@ -101,7 +101,8 @@ def dtype_name(x: Array) -> str:
 
 def device_kind(x: Array) -> str:
     """The kind of device that x is on: "cpu", "cuda", or a library's own word."""
-    return str(array_api_compat.device(x)).partition(":")[0].lower()
+    name = str(array_api_compat.device(x)).removeprefix("<")  # CuPy's is "<CUDA Device 0>"
+    return name.partition(":")[0].partition(" ")[0].lower()
 
 
 def known(condition: Array) -> bool:

@@ -133,3 +133,17 @@ def test_tensors_are_never_written_to(size):
         x.fill_(7)
     for name, x in given.items():
         assert (x == kept[name]).all(), name
+
+
+def test_the_kind_of_a_device_is_a_bare_word():
+    from ringcore.partial import device_kind
+
+    class Array:
+        def __init__(self, device):
+            self.device = device
+
+        def __array_namespace__(self, api_version=None):
+            return ringcore
+
+    for name, kind in {"cpu": "cpu", "cuda:1": "cuda", "<CUDA Device 0>": "cuda", "TFRT_CPU_0": "tfrt_cpu_0"}.items():
+        assert device_kind(Array(name)) == kind
