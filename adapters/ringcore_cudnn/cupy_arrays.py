@@ -1,0 +1,76 @@
+"""The kernels for CuPy arrays."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import array_api_compat.cupy
+import cupy
+
+from ringcore import Array, UnsupportedError
+from ringcore_cudnn.kernels import CudnnFrontend
+
+_LEAST = 8  # compute capability: Ampere
+_WIDE = 9  # Hopper, where backward too takes heads of 256 columns; elsewhere 128
+
+
+class CupyArrays:
+    """CuPy's arrays, streams and memory pool; see `ringcore_cudnn.Arrays`."""
+
+    xp = array_api_compat.cupy
+
+    def address(self, x: Array) -> int:
+        """Where x begins."""
+        return int(x.data.ptr)
+
+    def strides(self, x: Array) -> tuple[int, ...]:
+        """The strides of x, in elements."""
+        return tuple(stride // x.itemsize for stride in x.strides)
+
+    def empty(self, shape: tuple[int, ...], like: Array, dtype: Any = None) -> Array:
+        """New memory, rows last, on the device of ``like``."""
+        with like.device:
+            return cupy.empty(shape, dtype=dtype or like.dtype)
+
+    def allocate(self, size: int, like: Array) -> tuple[int, Any]:
+        """The address of so many bytes, and what keeps them until the stream is there."""
+        with like.device:
+            room = cupy.cuda.alloc(size)
+        return int(room.ptr), room
+
+    def device(self, x: Array) -> int:
+        """The number of the device of x."""
+        return int(x.device.id)
+
+    def stream(self, x: Array) -> int:
+        """The address of the current stream on the device of x."""
+        return int(cupy.cuda.get_current_stream(x.device.id).ptr)
+
+    def on(self, x: Array) -> AbstractContextManager[Any]:
+        """A context in which the device of x is the current one."""
+        context: AbstractContextManager[Any] = x.device
+        return context
+
+    def deterministic(self) -> bool:
+        """CuPy has no such wish."""
+        return False
+
+    def capturing(self) -> bool:
+        """Whether work is recorded for a graph, not run."""
+        return bool(cupy.cuda.get_current_stream().is_capturing())
+
+
+def load(sharers: int = 1) -> CudnnFrontend:
+    """The kernels, where there are GPUs that run them; the host's cores do not matter to them.
+
+    Raises UnsupportedError if there are none, MissingDependency if there is no cuDNN.
+    """
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError:
+        count = 0
+    least = min((int(cupy.cuda.Device(n).compute_capability) // 10 for n in range(count)), default=0)
+    if least < _LEAST:
+        raise UnsupportedError(f"cuDNN's attention needs GPUs of compute capability {_LEAST} or more, not {least}.")
+    return CudnnFrontend(CupyArrays(), "cupy.cuda.cudnn", "cupy", frozenset({"cuda"}), 256 if least == _WIDE else 128)

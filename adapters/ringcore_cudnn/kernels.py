@@ -1,0 +1,202 @@
+"""Attention over one tile by cuDNN, for arrays of any library that tells where they are."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import array_api_compat
+
+from ringcore import Array, Band, Capabilities, Gradients, Partial, Score, Tile
+from ringcore_cudnn.arrays import Arrays
+from ringcore_cudnn.engine import Engine
+from ringcore_cudnn.graphs import Operand, Problem
+from ringcore_cudnn.hiding import added, corrected, rounding, seen_alone
+
+_BYTES = 16  # that cuDNN loads at once
+_BLOCK = 128  # keys; where backward forgets those past the end, exp(0 - lse) can overflow
+_ALIGNED = 8  # numbers of a half type
+
+HALF = frozenset({"float16", "bfloat16"})
+
+
+class CudnnFrontend:
+    """cuDNN's attention with bias and mask, on arrays of the library that ``arrays`` speaks for.
+
+    name, library, devices, largest_head: as in `ringcore.Capabilities`.
+    """
+
+    def __init__(self, arrays: Arrays, name: str, library: str, devices: frozenset[str], largest_head: int) -> None:
+        self._arrays, self._engine = arrays, Engine()
+        self.capabilities = Capabilities(
+            name, dtypes=HALF, libraries=frozenset({library}), devices=devices, softcap=False, fused=True,
+            bands="windows", preference=15, poison_rows=False, largest_head=largest_head, head_multiple=_ALIGNED,
+        )  # fmt: skip
+
+    def capturing(self) -> bool:
+        """Whether work is recorded for a graph, not run."""
+        return self._arrays.capturing()
+
+    def forward(
+        self, q: Array, k: Array, v: Array, *, score: Score, tile: Tile,
+        bias: Array | None = None, mask: Array | None = None, state: None = None,
+    ) -> Partial:  # fmt: skip
+        """The tile's own partial; see `ringcore.Kernels`."""
+        term = added(q, bias, mask)
+        if term is None:
+            out, lse = self._attend(q, k, v, None, tile.band, score.scale, ())
+            xp = self._arrays.xp
+            one = xp.ones((), dtype=lse.dtype, device=array_api_compat.device(lse))
+            return Partial(out, lse, xp.broadcast_to(one, lse.shape))
+        k, v = seen_alone(term, k, v)
+        out, lse, maximum, total = self._attend(q, k, v, term, tile.band, score.scale, ("maximum", "total"))
+        xp = self._arrays.xp
+        seen = (maximum != -xp.inf) & (total != 0)  # what cuDNN says of a row without keys depends on the kernel
+        total = xp.where(seen, total, xp.zeros_like(total))
+        if bias is None:  # lse has not lost the number of keys
+            lse = xp.where(seen, lse, xp.full_like(lse, -xp.inf))
+            return Partial(xp.where(seen[..., None], out, xp.zeros_like(out)), lse, xp.astype(seen, lse.dtype))
+        weighted = xp.astype(out, total.dtype) * total[..., None]
+        return Partial(xp.where(seen[..., None], weighted, xp.zeros_like(weighted)), maximum, total)
+
+    def backward(
+        self, dout: Array, q: Array, k: Array, v: Array, maximum: Array, total: Array, delta: None, *,
+        score: Score, tile: Tile, bias: Array | None = None, mask: Array | None = None, into: Gradients,
+        out: Array, lse: Array, dlse: Array | None,
+    ) -> Gradients:  # fmt: skip
+        """The tile's own gradients; see `ringcore.Kernels`."""
+        term = added(q, bias, mask)
+        k, v = seen_alone(term, k, v)
+        if bias is not None:
+            factor = rounding(lse, maximum, total)
+            dout, dlse = corrected(dout, factor), None if dlse is None else corrected(dlse, factor)
+        found = self._pull_back(dout, q, k, v, out, lse, term, tile.band, score.scale)
+        if dlse is None:
+            return Gradients(*found)
+        # Scores get weights * (dout v - dout out): with v 1 and out 0, dlse in dout's place gives its part of them.
+        xp = self._arrays.xp
+        dlse = _in_first_column(dlse, q.dtype)
+        ones = xp.ones((*k.shape[:3], _ALIGNED), dtype=q.dtype, device=array_api_compat.device(q))
+        more = self._pull_back(dlse, q, k, ones, xp.zeros_like(dlse), lse, term, tile.band, score.scale)
+        dq, dk = (xp.astype(x, xp.float32) + y for x, y in zip(found[:2], more[:2], strict=True))
+        return Gradients(dq, dk, found[2])
+
+    def _attend(
+        self, q: Array, k: Array, v: Array, term: Array | None, band: Band, scale: float, statistics: tuple[str, ...]
+    ) -> list[Array]:
+        """out [B, H, S, E], lse [B, H, S] and as many statistics like it."""
+        rows = q.shape[2]
+        if rows == k.shape[2] == 1:
+            q = _two_rows(q)
+        out = self._rows_like(q, v.shape[3])
+        float32 = self._arrays.xp.float32
+        found = {name: self._arrays.empty(q.shape[:3], q, float32) for name in ("lse", *statistics)}
+        self._run({"q": q, "k": k, "v": v} | self._term(term, q, k), {"out": out} | found, band, scale)
+        return [x if x.shape[2] == rows else x[:, :, :rows] for x in (out, *found.values())]
+
+    def _pull_back(
+        self, dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, term: Array | None, band: Band,
+        scale: float,
+    ) -> list[Array]:  # fmt: skip
+        """dq, dk and dv in q's dtype: cuDNN leaves wider ones unwritten."""
+        rows = q.shape[2]
+        if rows == k.shape[2] == 1:
+            q, out, dout, lse = (_two_rows(x) for x in (q, out, dout, lse))
+        given = {"q": q, "k": k, "v": v, "out": out, "dout": dout} | self._term(term, q, k)
+        given["lse"] = self._packed(lse)
+        if k.shape[2] % _BLOCK or rows == 1:
+            given |= _lengths(q, k)
+        found = {name: self._rows_like(x, x.shape[3]) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+        self._run(given, found, band, scale, deterministic=self._arrays.deterministic())
+        dq, dk, dv = found.values()
+        return [dq if dq.shape[2] == rows else dq[:, :, :rows], dk, dv]
+
+    def _run(
+        self, given: dict[str, Array], found: dict[str, Array], band: Band, scale: float, deterministic: bool = False
+    ) -> None:
+        arrays, like = self._arrays, given["q"]
+        given = {name: self._aligned(x) if name in _LOADED else x for name, x in given.items()} | found
+        operands = tuple(_operand(name, x.shape, arrays.strides(x), x.dtype) for name, x in given.items())
+        problem = Problem(operands, scale, band, deterministic)
+        addresses = tuple(map(arrays.address, given.values()))
+        with arrays.on(like):
+            self._engine.run(
+                problem, addresses, device=arrays.device(like), stream=arrays.stream(like),
+                allocate=lambda size: arrays.allocate(size, like),
+            )  # fmt: skip
+
+    def _term(self, term: Array | None, q: Array, k: Array) -> dict[str, Array]:
+        """What is added to the scores, with rows and columns of full length."""
+        if term is None:
+            return {}
+        xp, (batch, heads, rows, columns) = array_api_compat.array_namespace(term), term.shape
+        if columns != k.shape[2]:
+            term = xp.broadcast_to(term, (batch, heads, rows, k.shape[2]))
+        term = self._aligned(term)
+        return {"bias": term if rows == q.shape[2] else xp.broadcast_to(term, (batch, heads, q.shape[2], k.shape[2]))}
+
+    def _aligned(self, x: Array) -> Array:
+        """x, or a copy if its rows do not begin at multiples of 16 bytes: cuDNN loads so many, and does not ask."""
+        arrays, numbers = self._arrays, _BYTES // x.dtype.itemsize
+        if arrays.address(x) % _BYTES == 0 and _even(x.shape, arrays.strides(x), numbers):
+            return x
+        width = x.shape[3]
+        copy = arrays.empty((*x.shape[:3], width + -width % numbers), x)[..., :width]
+        copy[...] = x
+        return copy
+
+    def _packed(self, x: Array) -> Array:
+        """x [B, H, S] without gaps, or a copy."""
+        _, heads, rows = x.shape
+        if self._arrays.strides(x) == (heads * rows, rows, 1) and self._arrays.address(x) % _BYTES == 0:
+            return x
+        copy = self._arrays.empty(tuple(x.shape), x)
+        copy[...] = x
+        return copy
+
+    def _rows_like(self, x: Array, width: int) -> Array:
+        """Memory for [B, H, S, width], heads and rows in the order in which x has them."""
+        batch, heads, rows, _ = x.shape
+        strides = self._arrays.strides(x)
+        if strides[1] < strides[2]:
+            return self._arrays.empty((batch, rows, heads, width), x).swapaxes(1, 2)
+        return self._arrays.empty((batch, heads, rows, width), x)
+
+
+_LOADED = frozenset({"q", "k", "v", "out", "dout"})
+
+
+@lru_cache(maxsize=1024)
+def _operand(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Operand:
+    """As cuDNN knows it, with four axes."""
+    added = (1,) * (4 - len(shape))
+    return name, (*shape, *added), (*strides, *added), str(dtype).rpartition(".")[2]
+
+
+@lru_cache(maxsize=1024)
+def _even(shape: tuple[int, ...], strides: tuple[int, ...], numbers: int) -> bool:
+    """Whether all rows begin so many numbers, or a multiple, apart, and have no gaps."""
+    return strides[3] == 1 and all(strides[axis] % numbers == 0 or shape[axis] == 1 for axis in range(3))
+
+
+def _two_rows(x: Array) -> Array:
+    """x with a second row, of 0, which adds nothing to gradients: cuDNN takes no tile of one row and one key."""
+    xp = array_api_compat.array_namespace(x)
+    return xp.concat([x, xp.zeros_like(x)], axis=2)
+
+
+def _lengths(q: Array, k: Array) -> dict[str, Array]:
+    """How many rows and keys there are, told to cuDNN once more, so that it hides what is past the end."""
+    xp, device = array_api_compat.array_namespace(q), array_api_compat.device(q)
+    lengths = {"q_lengths": q.shape[2], "k_lengths": k.shape[2]}
+    return {
+        name: xp.full((q.shape[0], 1, 1, 1), length, dtype=xp.int32, device=device) for name, length in lengths.items()
+    }
+
+
+def _in_first_column(x: Array, dtype: Any) -> Array:
+    """x [B, H, S] as the first of columns [B, H, S, 8], the others 0."""
+    xp = array_api_compat.array_namespace(x)
+    columns = xp.zeros((*x.shape, _ALIGNED), dtype=dtype, device=array_api_compat.device(x))
+    columns[..., 0] = xp.astype(x, dtype)
+    return columns

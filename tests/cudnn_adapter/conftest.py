@@ -1,0 +1,82 @@
+"""The adapter over a stand-in for cuDNN, and host tensors that pass for those of a GPU."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager, nullcontext
+
+import array_api_compat.torch
+import fake_cudnn
+import pytest
+import torch
+
+
+class HostArrays:
+    """Host tensors as if they were on GPU 0; fresh memory is full of NaN."""
+
+    xp = array_api_compat.torch
+
+    def __init__(self):
+        self.wants_determinism = False
+
+    def address(self, x):
+        return x.data_ptr()
+
+    def strides(self, x):
+        return x.stride()
+
+    def empty(self, shape, like, dtype=None):
+        return torch.full(shape, torch.nan, dtype=dtype or like.dtype)
+
+    def allocate(self, size, like):
+        room = torch.empty(size, dtype=torch.uint8)
+        return room.data_ptr(), room
+
+    def device(self, x):
+        return 0
+
+    def stream(self, x):
+        return 1234
+
+    def on(self, x):
+        return nullcontext()
+
+    def deterministic(self):
+        return self.wants_determinism
+
+    def capturing(self):
+        return False
+
+
+@contextmanager
+def adapter(**keywords):
+    """A fresh stand-in, and a fresh adapter that will import it."""
+
+    def ours():
+        return [name for name in sys.modules if name.partition(".")[0] in ("cudnn", "ringcore_cudnn")]
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+    sys.modules["cudnn"] = fake_cudnn.make(**keywords)
+    try:
+        yield sys.modules["cudnn"]
+    finally:
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@pytest.fixture
+def cudnn():
+    """What takes the place of the module."""
+    with adapter() as module:
+        yield module
+
+
+@pytest.fixture(scope="module", params=[-torch.inf, torch.finfo(torch.float32).min])
+def kernels(request):
+    """Kernels over a stand-in of their own; the number is what it takes for the maximum of a row without keys."""
+    with adapter(nothing=request.param):
+        from ringcore_cudnn import CudnnFrontend
+
+        made = CudnnFrontend(HostArrays(), "host.cudnn", "torch", frozenset({"cpu"}), 256)
+    return made
