@@ -68,6 +68,7 @@ def strict(session: nox.Session) -> None:
 def torch(session: nox.Session) -> None:
     """Torch on the CPU: autograd, ring in one process, and over MPI; launches under torchrun that fail."""
     install(session, "test,mpich", TORCH)
+    pytest(session, "tests/cudnn_adapter")
     pytest(
         session,
         "tests/torch_adapter",
@@ -243,15 +244,16 @@ def full(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def cupy(session: nox.Session) -> None:
-    """CuPy on a GPU; fails without one."""
-    install(session, "test", *(session.posargs or ["cupy-cuda13x"]))
+    """CuPy on a GPU, by cuDNN where it can; fails without one."""
+    install(session, "test,cudnn", *(session.posargs or ["cupy-cuda13x", "nvidia-cudnn-cu13"]))
+    pytest(session, "tests/cudnn_gpu")
     pytest(session, CONFORMANCE, "--backend", "cupy")
 
 
 @nox.session(name="torch-cuda", default=False)
 def torch_cuda(session: nox.Session) -> None:
-    """Torch on a GPU, by its own kernels and flash-attn-4; fails without one."""
-    install(session, "test,flash4", *(session.posargs or [TORCH]))
+    """Torch on a GPU, by its own kernels, cuDNN's frontend and flash-attn-4; fails without one."""
+    install(session, "test,flash4,cudnn", *(session.posargs or [TORCH]))
     pytest(session, CONFORMANCE, "--backend", "torch-cuda")
     pytest(session, "tests/torch_adapter/gpu")
 
