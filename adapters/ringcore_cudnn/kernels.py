@@ -29,8 +29,9 @@ class CudnnFrontend:
     def __init__(self, arrays: Arrays, name: str, library: str, devices: frozenset[str], largest_head: int) -> None:
         self._arrays, self._engine = arrays, Engine()
         self.capabilities = Capabilities(
-            name, dtypes=HALF, libraries=frozenset({library}), devices=devices, softcap=False, bias_gradient=False, fused=True,
-            bands="windows", preference=15, poison_rows=False, largest_head=largest_head, head_multiple=_ALIGNED,
+            name, dtypes=HALF, libraries=frozenset({library}), devices=devices, softcap=False, bias_gradient=False,
+            fused=True, bands="windows", preference=15, poison_rows=False, largest_head=largest_head,
+            head_multiple=_ALIGNED,
         )  # fmt: skip
 
     def capturing(self) -> bool:
