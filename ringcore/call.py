@@ -227,7 +227,7 @@ class Prepared:
         ]
         carried = session.run(backward)
         xp = namespace(dout)
-        shares = {"q": [work.take_dq() for work in backward]} if "q" in wrt else {}
+        shares = {"q": [work.dq for work in backward]} if "q" in wrt else {}
         for place, name in enumerate(name for name in ("k", "v") if name in wrt):
             shares[name] = [blocks[place] for blocks in carried if blocks is not None]
         gradients: dict[str, Array] = {}

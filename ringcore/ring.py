@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
@@ -43,6 +44,10 @@ class Work(Protocol):
         """Compute the tiles; the accumulators that must go home with the block."""
         ...
 
+    def complete(self) -> None:
+        """No tile follows: do what nobody else is needed for, while accumulators are on their way home."""
+        ...
+
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """Accumulators of disjoint work as one; ``rows`` are those of ``share`` that arrived, None is all of them.
 
@@ -58,6 +63,7 @@ def ring(plan: Plan, work: Work) -> Loop:
     """
     carries = bool(work.carried_specs(Move(plan.rank, plan.rank)))
     held = {plan.rank: work.visiting()}
+    arrived_as: dict[int, range | None] = {}
     own: Blocks | None = None
     leaving: list[Any] = []
     homecoming: list[tuple[Move, Any]] = []
@@ -76,7 +82,10 @@ def ring(plan: Plan, work: Work) -> Loop:
         if carries and step.carry_in:
             coming = yield Begin("carried", receives=((step.carry_in, work.carried_specs(step.carry_in)),))
         if step.block is not None:
-            share = work.visit(held[step.block], step.tiles)
+            visitor, tiles = held[step.block], step.tiles
+            if carries and step.carry_out:
+                visitor, tiles = _cut(visitor, tiles, step.carry_out[0].rows, arrived_as.get(step.block))
+            share = work.visit(visitor, tiles)
             if step.carry_in and coming is not None:
                 share = work.combine((yield Finish(coming))[step.carry_in], share)
             if carries:
@@ -88,9 +97,10 @@ def ring(plan: Plan, work: Work) -> Loop:
                     own = share
         if moving is not None:
             for move, blocks in (yield Finish(moving)).items():
-                held[move.block] = blocks
+                held[move.block], arrived_as[move.block] = blocks, move.rows
         for block in step.drops:
             del held[block]
+    work.complete()
     for move, token in homecoming:
         own = work.combine((yield Finish(token))[move], own or (), move.rows)
     while leaving:
@@ -168,6 +178,9 @@ class ForwardWork:
         rows, keys = row_index(tile), key_index(tile)
         terms = _terms(self.bias, self.mask, tile)
         return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
+
+    def complete(self) -> None:
+        """Nothing: the last partial is merged by `finish`."""
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """Never called: nothing is carried."""
@@ -279,9 +292,10 @@ class BackwardWork:
             **{name: None if x is None else x[rows] for name, x in self.rows.items()},
         )  # fmt: skip
 
-    def take_dq(self) -> Array:
-        """The gradient of q [B, H, S, D], once all blocks have visited."""
-        return self.sum.take() if self.forward.fused else self.dq
+    def complete(self) -> None:
+        """dq [B, H, S, D] is the sum over all blocks."""
+        if self.forward.fused and "q" in self.wanted:
+            self.dq = self.sum.take()
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """The sums, in the order in which the block visited."""
@@ -329,6 +343,21 @@ class Sum:
 
     def _started(self) -> Array:
         return _zeros(self._like) if self._total is None else self._total
+
+
+def _cut(
+    block: Blocks, tiles: tuple[Tile, ...], rows: range | None, arrived: range | None
+) -> tuple[Blocks, tuple[Tile, ...]]:
+    """The rows of a block that accumulators are carried for, and its tiles counted in them."""
+    if rows is None or rows == arrived:
+        return block, tiles
+    back = rows.start
+
+    def counted(tile: Tile) -> Tile:
+        columns = slice(tile.columns.start - back, tile.columns.stop - back, tile.columns.step)
+        return replace(tile, columns=columns)
+
+    return _rows(block, rows), tuple(map(counted, tiles))
 
 
 def _rows(blocks: Blocks, rows: range | None) -> Blocks:

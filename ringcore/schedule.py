@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby, product
 from math import lcm
 from typing import Any
@@ -68,24 +68,37 @@ def ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tu
     A block travels only as far as some rank sees a part of it.
     """
 
+    @cache
     def tiles(resident: int, visitor: int) -> tuple[Tile, ...]:
         return tiles_between(q_layout.shards[resident], k_layout.shards[visitor], visibility)
 
-    return rotation(q_layout.size, tiles)
+    def rows(visitor: int) -> range | None:
+        guests = (tiles(resident, visitor) for resident in range(q_layout.size) if resident != visitor)
+        columns = [tile.columns for these in guests for tile in these]
+        seen = range(min((c.start for c in columns), default=0), max((c.stop for c in columns), default=0))
+        return None if len(seen) in (0, k_layout.lengths[visitor]) else seen
+
+    return rotation(q_layout.size, tiles, [rows(visitor) for visitor in range(q_layout.size)])
 
 
-def rotation(size: int, tiles: Callable[[int, int], tuple[Tile, ...]]) -> tuple[Plan, ...]:
+def rotation(
+    size: int, tiles: Callable[[int, int], tuple[Tile, ...]], rows: Sequence[range | None] | None = None
+) -> tuple[Plan, ...]:
     """Every rank's plan in a ring where each rank's block visits the next ranks, one after the other.
 
     ``tiles(resident, visitor)`` are the tiles of ``visitor``'s block at rank ``resident``. The accumulators of a
-    block follow it from its first guest on, and return to its owner from the last.
+    block follow it from its first guest on, and return to its owner from the last: those of its ``rows`` that guests
+    see, None is all.
     """
     table = {(resident, visitor): tiles(resident, visitor) for resident, visitor in product(range(size), repeat=2)}
     hops = [max((hop for hop in range(size) if table[(o + hop) % size, o]), default=0) for o in range(size)]
-    return tuple(_rotating_plan(rank, size, hops, table) for rank in range(size))
+    carried = [None] * size if rows is None else rows
+    return tuple(_rotating_plan(rank, size, hops, carried, table) for rank in range(size))
 
 
-def _rotating_plan(rank: int, size: int, hops: list[int], table: dict[tuple[int, int], tuple[Tile, ...]]) -> Plan:
+def _rotating_plan(
+    rank: int, size: int, hops: list[int], rows: Sequence[range | None], table: dict[tuple[int, int], tuple[Tile, ...]]
+) -> Plan:
     after, before = (rank + 1) % size, (rank - 1) % size
     steps = []
     for hop in range(size):
@@ -101,12 +114,12 @@ def _rotating_plan(rank: int, size: int, hops: list[int], table: dict[tuple[int,
                 tiles=table[rank, block],
                 sends=(Move(after, block),) if goes_on else (),
                 receives=receives,
-                carry_in=Move(before, block) if hop >= 2 else None,
-                carry_out=(Move(after if goes_on else block, block),) if hop else (),
+                carry_in=Move(before, block, rows[block]) if hop >= 2 else None,
+                carry_out=(Move(after if goes_on else block, block, rows[block]),) if hop else (),
                 drops=(block,),
             )
         )
-    home = (Move((rank + hops[rank]) % size, rank),) if hops[rank] else ()
+    home = (Move((rank + hops[rank]) % size, rank, rows[rank]),) if hops[rank] else ()
     return Plan(rank, size, tuple(steps), home)
 
 

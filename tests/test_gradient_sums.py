@@ -1,9 +1,13 @@
 """Sums of gradients: what fused kernels return is rounded no oftener than needed, and never summed in a half type."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from ringcore.ring import Sum
+from ringcore import Capabilities, Score
+from ringcore.ring import BackwardWork, ForwardWork, Sum
+from ringcore.values import Move
 
 ALL = slice(None), slice(None), slice(None), ...
 ROWS = slice(None), slice(None), slice(2, 7), ...
@@ -54,3 +58,14 @@ def test_nothing_is_zero():
     came = Sum(like).take()
     assert came.dtype == np.float32
     assert not came.any()
+
+
+@pytest.mark.parametrize(("size", "wide"), [(1, False), (2, False), (3, True), (8, True)])
+def test_shares_of_many_ranks_travel_in_the_accumulation_dtype(size, wide):
+    (x,) = draw(1)
+    kernels = SimpleNamespace(capabilities=Capabilities("fused", fused=True))
+    forward = ForwardWork(x, x, x, None, None, score=Score(1.0), kernels=kernels, lengths=[9] * size)
+    statistics = np.zeros(x.shape[:3], np.float32)
+    backward = BackwardWork(forward, x, None, x, x, statistics, statistics, wanted=frozenset("qkv"))
+    dtypes = {np.dtype(spec.dtype) for spec in backward.carried_specs(Move(0, 0))}
+    assert dtypes == {np.dtype(np.float32 if wide or size == 1 else DTYPE)}

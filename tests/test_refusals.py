@@ -141,7 +141,7 @@ KEYWORDS = {
     "offset nothing": ({"query_offset": None}, ["query_offset is None", "must be an integer"]),
     "axes unknown": ({"axes": "bhds"}, ["axes is 'bhds'", '"bhsd"', '"bshd"']),
     "axes nothing": ({"axes": None}, ["axes is None", '"bhsd"']),
-    "kernels unknown": ({"kernels": "fast"}, ["kernels is 'fast'", "reference, numpy"]),
+    "kernels unknown": ({"kernels": "fast"}, ["kernels is 'fast'", "the installed ones are reference, ", "numpy"]),
     "kernels a number": ({"kernels": 3}, ["kernels is 3", "a name or have capabilities, forward and backward"]),
     "kernels a class": ({"kernels": ringcore.Kernels}, ["kernels is <class", "a name or have capabilities"]),
 }

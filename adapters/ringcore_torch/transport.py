@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ringcore import Blocks, Move, Pending, Spec, UnsupportedError
+from ringcore import Blocks, Move, Pending, RingcoreError, Spec, UnsupportedError
 from ringcore_torch.circle import Circle
 from ringcore_torch.groups import checked_group, next_name
 from ringcore_torch.messages import GlooMessages
@@ -133,7 +133,11 @@ class TorchTransport:
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
-        return self._circle.gather(note)
+        try:
+            return self._circle.gather(note)
+        except RingcoreError as error:
+            self.abort(error)  # the ring has ended: what is under way between GPUs must not wait for it
+            raise
 
     def exchange(
         self,

@@ -161,24 +161,24 @@ MUTANTS = (
     Mutant(
         "an early-stopped block's gradient lost",
         "ringcore/schedule.py",
-        "rank),) if hops[rank] else ()",
-        "rank),) if hops[rank] == size - 1 else ()",
+        "rank, rows[rank]),) if hops[rank] else ()",
+        "rank, rows[rank]),) if hops[rank] == size - 1 else ()",
         RING,
         "gradients and window",
     ),
     Mutant(
         "dK, dV returned one rank off: plan",
         "ringcore/schedule.py",
-        "carry_out=(Move(after if goes_on else block, block),) if hop else (),\n"
+        "carry_out=(Move(after if goes_on else block, block, rows[block]),) if hop else (),\n"
         "                drops=(block,),\n"
         "            )\n"
         "        )\n"
-        "    home = (Move((rank + hops[rank]) % size, rank),) if hops[rank] else ()\n",
-        "carry_out=(Move(after if goes_on else (block + 1) % size, block),) if hop else (),\n"
+        "    home = (Move((rank + hops[rank]) % size, rank, rows[rank]),) if hops[rank] else ()\n",
+        "carry_out=(Move(after if goes_on else (block + 1) % size, block, rows[block]),) if hop else (),\n"
         "                drops=(block,),\n"
         "            )\n"
         "        )\n"
-        "    home = (Move((before + hops[before]) % size, before),) if hops[before] else ()\n",
+        "    home = (Move((before + hops[before]) % size, before, rows[before]),) if hops[before] else ()\n",
         f"{PLAN}/test_ring_plans.py",
         "exchange_what_is_needed",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant import PRECISION, REPORT, RING, Mutant
+from mutant import PLAN, PRECISION, REPORT, RING, Mutant
 
 _FORWARD = """\
         return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
@@ -120,10 +120,43 @@ MUTANTS = (
     Mutant(
         "what a fused kernel leaves is never looked at",
         "ringcore/probation.py",
-        "known[key] = _tried(kernels, q, v.shape[3], masked, gradient)",
+        "known[key] = _tried(kernels, q, v.shape[3], asked)",
         "known[key] = None",
         FUSED,
         "refused",
+    ),
+    Mutant(
+        "the last partial of fused kernels left out",
+        "ringcore/ring.py",
+        "empty_partial(self.q, self.v.shape[-1]), dtype, last)",
+        "empty_partial(self.q, self.v.shape[-1]), dtype, None)",
+        f"{RING} --backend torch",
+        "dense_attention and causal and float16",
+    ),
+    Mutant(
+        "accumulators of many hops travel in a half type",
+        "ringcore/ring.py",
+        "return x.dtype if self.forward.fused and len(self.forward.lengths) == 2 else",
+        "return x.dtype if self.forward.fused else",
+        "tests/test_gradient_sums.py",
+        "many_ranks",
+    ),
+    Mutant(
+        "a third gradient is added in a half type",
+        "ringcore/ring.py",
+        "self._total = add(_widened(self._started()), *self._last)",
+        "self._total = add(self._started(), *self._last)",
+        "tests/test_gradient_sums.py",
+        "accumulation_dtype",
+    ),
+    Mutant(
+        "tiles not counted in the rows that accumulators are carried for",
+        "ringcore/ring.py",
+        "columns = slice(tile.columns.start - back, tile.columns.stop - back, tile.columns.step)",
+        "columns = tile.columns",
+        f"{PLAN}/test_ring_plans.py",
+        "loop",
+        error="IndexError",
     ),
     Mutant(
         "delta without dlse",
@@ -152,8 +185,8 @@ MUTANTS = (
     Mutant(
         "dK, dV returned one rank off: result",
         "ringcore/call.py",
-        "parts = [blocks[place] for blocks in carried if blocks is not None]",
-        "parts = [blocks[place] for blocks in [*carried[1:], carried[0]] if blocks is not None]",
+        "shares[name] = [blocks[place] for blocks in carried if blocks is not None]",
+        "shares[name] = [blocks[place] for blocks in [*carried[1:], carried[0]] if blocks is not None]",
         PRECISION,
         "within_their_bounds and plain-float64-3",
     ),
@@ -176,16 +209,16 @@ MUTANTS = (
     Mutant(
         "gradient dtype hard-coded",
         "ringcore/call.py",
-        "gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)",
-        "gradients[name] = swap_axes(xp.astype(gradients[name], xp.float32, copy=False), axes)",
+        "[xp.astype(part, like.dtype, copy=False) for part in parts]",
+        "[xp.astype(part, xp.float32, copy=False) for part in parts]",
         RING,
         "gradients and plain",
     ),
     Mutant(
         "gradient left in the accumulation dtype",
         "ringcore/call.py",
-        "gradients[name] = swap_axes(xp.astype(gradients[name], like.dtype, copy=False), axes)",
-        "gradients[name] = swap_axes(gradients[name], axes)",
+        "[xp.astype(part, like.dtype, copy=False) for part in parts]",
+        "list(parts)",
         PRECISION,
         "half_types_are_rounded_once",
     ),

@@ -34,7 +34,7 @@ MUTANTS = (
     Mutant(
         "send buffer overwritten in flight: window of the caller's own arrays",
         "ringcore/session.py",
-        "        transport.retire()\n",
+        "                reader.retire()\n",
         "",
         f"{WORLD}/test_mpi_in_flight.py",
         "allocated",
@@ -104,8 +104,8 @@ MUTANTS = (
     Mutant(
         "agreement skipped",
         "ringcore/agreement.py",
-        "        _compare(notes[0], other, rank)\n",
-        "        pass\n",
+        "            _explain(json.loads(answers[0][1]), json.loads(other), rank)\n",
+        "            pass\n",
         f"{WORLD}/test_mpi_refusals.py",
         "disagree_all and scale",
         ranks=2,
@@ -113,7 +113,7 @@ MUTANTS = (
     Mutant(
         "a refusal on one rank is not told to the others",
         "ringcore/agreement.py",
-        '        failure, note = error, {"error": f"{type(error).__name__}: {error}"}\n',
+        '        failure, head["error"] = error, f"{type(error).__name__}: {error}"\n',
         "        raise\n",
         f"{WORLD}/test_mpi_refusals.py",
         "bad_input_on_one_rank and softcap",

@@ -68,6 +68,9 @@ class CountingWork:
                         share[j if self.problem.visitor == "k" else i][pair] += 1
         return (Rows(share),) if self.carries else ()
 
+    def complete(self) -> None:
+        """Nothing: counts are whole at any time."""
+
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         (theirs,), (ours,) = arrived, share
         if rows is not None:

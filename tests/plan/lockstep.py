@@ -49,7 +49,7 @@ def walk(plans: Sequence[Plan]) -> Trace:
             share: Shares = Counter({(rank, step.block): 1})
             if step.carry_in:
                 sent_at, carried, arrived = ready.pop((step.carry_in.peer, rank, step.block))
-                assert (step.carry_in.block, step.carry_in.rows, carried.rows) == (step.block, None, None)
+                assert (step.carry_in.block, step.carry_in.rows) == (step.block, carried.rows)
                 # A message that nobody takes up at once would hold its sender back.
                 assert sent_at == time - 1, "accumulators follow one step behind"
                 share += arrived

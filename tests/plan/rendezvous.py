@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ringcore.arrays import slice_of
 from ringcore.ring import Loop, ring
 from ringcore.values import Begin, Blocks, Move, Plan, Spec, Tile
 from ringcore_torch.stream_messages import StreamMessages
@@ -116,6 +117,9 @@ class VisitCount:
             self.seen[int(block[0][0, 0, 0, 0]) // 1000] = block[0].clone()
         return (share,) if self.carries else ()
 
+    def complete(self) -> None:
+        """Nothing: counts are whole at any time."""
+
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         if rows is not None:
             share[0][:, :, rows.start : rows.stop : rows.step] += arrived[0]
@@ -179,7 +183,7 @@ def check_strictly(plans: Sequence[Plan], lengths: Sequence[int], carries: bool,
         results = run_strictly(loops, messages, wires, awaited)
         for plan, work in zip(plans, works, strict=True):
             for owner, block in work.seen.items():
-                assert torch.equal(block, work.rows_of(owner)[:, :, _part(plan, owner)])
+                assert torch.equal(block, work.rows_of(owner)[:, :, _part(plan, owner, carries)])
         if carries:
             for owner, came in enumerate(results):
                 assert torch.equal(came[0], (due or _shares)(plans, works, owner))
@@ -192,13 +196,15 @@ def _shares(plans: Sequence[Plan], works: Sequence[VisitCount], owner: int) -> t
     due = torch.zeros(1, 1, rows.shape[2], len(plans), dtype=torch.float64)
     for guest in plans:
         if any(step.block == owner for step in guest.steps):
-            part = _part(guest, owner)
+            part = _part(guest, owner, carries=True)
             due[:, :, part, guest.rank] = rows[:, :, part, 0]
     return due
 
 
-def _part(plan: Plan, owner: int) -> slice:
-    """The rows of a block that reach this rank."""
-    parts = [move.rows for step in plan.steps for move in step.receives if move.block == owner]
-    rows = parts[0] if parts else None
-    return slice(None) if rows is None else slice(rows.start, rows.stop, rows.step)
+def _part(plan: Plan, owner: int, carries: bool) -> slice:
+    """The rows of a block that this rank visits: those that reach it, or those that accumulators are carried for."""
+    moves = [move for step in plan.steps for move in step.receives if move.block == owner]
+    if carries:
+        moves += [move for step in plan.steps if step.block == owner for move in step.carry_out]
+    rows = [move.rows for move in moves if move.rows is not None]
+    return slice_of(rows[-1]) if rows else slice(None)
