@@ -43,6 +43,7 @@ def terms(name, generator, batch, heads, rows, keys):
     g = generator
     return {
         "nothing": lambda: {},
+        "causal": lambda: {"causal": True},
         "bias": lambda: {"bias": _random(g, batch, heads, rows, keys)},
         "bias with -inf": lambda: {"bias": _hiding(g, batch, heads, rows, keys)},
         "bias of finfo.min": lambda: {"bias": _lowest(g, batch, 1, rows, keys), "causal": True},
@@ -65,7 +66,7 @@ def terms(name, generator, batch, heads, rows, keys):
 
 
 NAMES = (
-    "nothing", "bias", "bias with -inf", "bias of finfo.min", "bias for all heads", "bias for the whole batch",
+    "nothing", "causal", "bias", "bias with -inf", "bias of finfo.min", "bias for all heads", "bias for the whole batch",
     "bias of keys", "bias of rows", "bias of heads", "mask", "mask for all", "mask of keys", "mask of rows", "softcap",
     "everything",
 )  # fmt: skip

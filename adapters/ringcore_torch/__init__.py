@@ -1,12 +1,14 @@
 """Torch: fused kernels, autograd, and rings over torch.distributed."""
 
 from ringcore_torch.aten_cuda import Cudnn, Flash2
+from ringcore_torch.efficient_cuda import Efficient
 from ringcore_torch.flash_cpu import FlashCpu
 from ringcore_torch.operator import attend
 from ringcore_torch.transport import TorchTransport, adapt
 
 __all__ = [
     "Cudnn",
+    "Efficient",
     "Flash2",
     "FlashCpu",
     "TorchTransport",
@@ -14,6 +16,7 @@ __all__ = [
     "attend",
     "load_cpu",
     "load_cudnn",
+    "load_efficient",
     "load_flash2",
 ]
 
@@ -26,6 +29,11 @@ def load_cpu(sharers: int = 1) -> FlashCpu:
 def load_cudnn(sharers: int = 1) -> Cudnn:
     """cuDNN's kernels for tensors on a GPU."""
     return Cudnn()
+
+
+def load_efficient(sharers: int = 1) -> Efficient:
+    """The memory-efficient kernels for float32 tensors on a GPU."""
+    return Efficient()
 
 
 def load_flash2(sharers: int = 1) -> Flash2:

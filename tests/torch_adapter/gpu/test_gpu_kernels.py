@@ -324,7 +324,8 @@ def test_the_best_that_can_is_taken():
 
     assert chosen(64, torch.bfloat16, "gradient", "window", "softcap") == "torch.cuda.flash4"
     assert chosen(60, torch.bfloat16) == "torch.cuda.triton"
-    assert chosen(64, torch.float32) == "torch.cuda.triton"
+    assert chosen(64, torch.float32, "gradient") == "torch.cuda.efficient"
+    assert chosen(62, torch.float32) == "torch.cuda.triton"
     assert chosen(64, torch.float64) == "reference"
     assert chosen(64, torch.bfloat16, "mask", "bias", "gradient") == FRONTEND
     assert chosen(64, torch.bfloat16, "mask", "softcap") == "torch.cuda.triton"

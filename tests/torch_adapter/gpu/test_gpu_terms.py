@@ -49,6 +49,20 @@ def test_rings(name, layout, dtype):
     check(TRITON, "cuda", dtype, (2, 4, 2, 301, 301, 64, 64), name, size=3, layout=layout, memory="bshd")
 
 
+@pytest.mark.parametrize("name", ["nothing", "causal"])
+@pytest.mark.parametrize("shape", [*SHAPES, "tall", "one row"])
+def test_the_kernels_of_torch_in_float32(shape, name):
+    sizes = {**SHAPES, "tall": (2, 4, 2, 301, 64, 36, 68), "one row": (2, 4, 4, 1, 70, 64, 64)}[shape]
+    check("torch.cuda.efficient", "cuda", torch.float32, sizes, name)
+
+
+@pytest.mark.parametrize("memory", ["bhsd", "bshd"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_rings_of_the_kernels_of_torch_in_float32(layout, memory):
+    sizes = (2, 4, 2, 301, 301, 64, 64)
+    check("torch.cuda.efficient", "cuda", torch.float32, sizes, "causal", size=3, layout=layout, memory=memory)
+
+
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64])
 def test_a_bias_of_another_type_is_not_rounded_to_that_of_q(bias_dtype):
     check(TRITON, "cuda", torch.bfloat16, SHAPES["grouped, odd lengths"], "bias for all heads", bias_dtype=bias_dtype)
