@@ -27,9 +27,10 @@ class Problem(NamedTuple):
     """What a graph computes; equal problems share one.
 
     operands: all arrays, of four axes, in the order in which their addresses will come. Forward has q [B, H, S, D],
-        k [B, Hk, T, D], v [B, Hk, T, E], gives out [B, H, S, E] and lse [B, H, S, 1], natural log, and on top of that
-        maximum and total, shaped like lse, if they are among them. With dout it is backward: out and lse are given, dq,
-        dk and dv come. Optional: bias [B or 1, H or 1, S, T], and q_lengths with k_lengths [B, 1, 1, 1].
+        k [B, Hk, T, D], v [B, Hk, T, E], gives out [B, H, S, E], and either lse [B, H, S, 1], natural log, or maximum
+        and total, shaped like it: cuDNN before 9.21 gives no others beside either. With dout it is backward: out and
+        lse are given, dq, dk and dv come. Optional: bias [B or 1, H or 1, S, T], and q_lengths with k_lengths
+        [B, 1, 1, 1].
     scale: what q.k is multiplied by. band: as in `ringcore.Band`, with lo <= 0 <= hi. deterministic: whether
         gradients are equal from run to run.
     """
@@ -91,7 +92,8 @@ def _forward(graph: Any, problem: Problem) -> None:
     for name in statistics.keys() & given.keys():
         given[name].set_output(True)
     out, lse = graph.sdpa(
-        q=given["q"], k=given["k"], v=given["v"], generate_stats=True, attn_scale=problem.scale, name="forward",
+        q=given["q"], k=given["k"], v=given["v"], attn_scale=problem.scale, name="forward",
+        generate_stats=any(name == "lse" for name, *_ in problem.operands),
         **{keyword: given[name] for name, keyword in statistics.items() if name in given},
         **bounds(problem.band), **_terms(given),
     )  # fmt: skip

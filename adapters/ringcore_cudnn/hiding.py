@@ -1,4 +1,4 @@
-"""Bias and mask as what is added to the scores, and what follows from it for rows and keys."""
+"""Bias and mask as what is added to the scores, and what follows from it for rows, keys and statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 import array_api_compat
 
-from ringcore import Array
+from ringcore import Array, Partial
+
+_FLOOR = -3.4e38  # between the lowest numbers of float32 and of the half types
 
 
 def added(q: Array, bias: Array | None, mask: Array | None) -> Array | None:
@@ -34,6 +36,41 @@ def seen_alone(term: Array | None, *arrays: Array) -> tuple[Array, ...]:
     # All heads of q together, for a head of k may serve several of them.
     unseen = xp.max(term, axis=(1, 2)) == -math.inf
     return tuple(xp.where(unseen[:, None, :, None], xp.zeros_like(x), x) for x in arrays)
+
+
+def normalised(out: Array, lse: Array, term: Array) -> Partial:
+    """The partial of a mask: out [B, H, S, E] stays in its half type, for lse has not lost the number of keys."""
+    xp = array_api_compat.array_namespace(lse)
+    seen = _seen(lse, term)
+    return Partial(_kept(out, seen), xp.where(seen, lse, -math.inf), xp.astype(seen, lse.dtype))
+
+
+def unnormalised(out: Array, maximum: Array, total: Array, term: Array) -> Partial:
+    """The partial of a bias, whose scores may be so large that an lse would lose log(total)."""
+    xp = array_api_compat.array_namespace(total)
+    # The largest of scores that are all NaN is -inf on a GPU, but their total is NaN, and must show.
+    unknown = total != total
+    seen = (_seen(maximum, term) & (total != 0)) | unknown
+    maximum = xp.where(seen, xp.where(unknown, total, maximum), -math.inf)
+    total = xp.where(seen, total, 0.0)
+    return Partial(_kept(out, seen) * total[..., None], maximum, total)
+
+
+def _seen(reference: Array, term: Array) -> Array:
+    """Which rows saw a key, by their maximum or their lse [B, H, S].
+
+    Of a row that is hidden entirely cuDNN may say -inf, or the lowest float32. No score under a term in a half type is
+    as low, but one under a term in float32 may be.
+    """
+    xp = array_api_compat.array_namespace(term)
+    return ~(reference <= (-math.inf if term.dtype == xp.float32 else _FLOOR))
+
+
+def _kept(out: Array, seen: Array) -> Array:
+    """out with 0 in rows that saw no key, whatever it holds there."""
+    xp = array_api_compat.array_namespace(out)
+    nothing = xp.zeros((), dtype=out.dtype, device=array_api_compat.device(out))
+    return xp.where(seen[..., None], out, nothing)
 
 
 def rounding(lse: Array, maximum: Array, total: Array) -> Array:

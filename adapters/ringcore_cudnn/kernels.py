@@ -11,7 +11,7 @@ from ringcore import Array, Band, Capabilities, Gradients, Partial, Score, Tile
 from ringcore_cudnn.arrays import Arrays
 from ringcore_cudnn.engine import Engine
 from ringcore_cudnn.graphs import Operand, Problem
-from ringcore_cudnn.hiding import added, corrected, rounding, seen_alone
+from ringcore_cudnn.hiding import added, corrected, normalised, rounding, seen_alone, unnormalised
 
 _BYTES = 16  # that cuDNN loads at once
 _BLOCK = 128  # keys; where backward forgets those past the end, exp(0 - lse) can overflow
@@ -44,21 +44,16 @@ class CudnnFrontend:
     ) -> Partial:  # fmt: skip
         """The tile's own partial; see `ringcore.Kernels`."""
         term = added(q, bias, mask)
-        if term is None:
-            out, lse = self._attend(q, k, v, None, tile.band, score.scale, ())
-            xp = self._arrays.xp
-            one = xp.ones((), dtype=lse.dtype, device=array_api_compat.device(lse))
-            return Partial(out, lse, xp.broadcast_to(one, lse.shape))
         k, v = seen_alone(term, k, v)
-        out, lse, maximum, total = self._attend(q, k, v, term, tile.band, score.scale, ("maximum", "total"))
+        if bias is not None:
+            out, maximum, total = self._attend(q, k, v, term, tile.band, score.scale, "maximum", "total")
+            return unnormalised(out, maximum, total, term)
+        out, lse = self._attend(q, k, v, term, tile.band, score.scale, "lse")
+        if mask is not None:
+            return normalised(out, lse, term)
         xp = self._arrays.xp
-        seen = (maximum != -xp.inf) & (total != 0)  # what cuDNN says of a row without keys depends on the kernel
-        total = xp.where(seen, total, xp.zeros_like(total))
-        if bias is None:  # lse has not lost the number of keys
-            lse = xp.where(seen, lse, xp.full_like(lse, -xp.inf))
-            return Partial(xp.where(seen[..., None], out, xp.zeros_like(out)), lse, xp.astype(seen, lse.dtype))
-        weighted = xp.astype(out, total.dtype) * total[..., None]
-        return Partial(xp.where(seen[..., None], weighted, xp.zeros_like(weighted)), maximum, total)
+        one = xp.ones((), dtype=lse.dtype, device=array_api_compat.device(lse))
+        return Partial(out, lse, xp.broadcast_to(one, lse.shape))
 
     def backward(
         self, dout: Array, q: Array, k: Array, v: Array, maximum: Array, total: Array, delta: None, *,
@@ -83,15 +78,15 @@ class CudnnFrontend:
         return Gradients(dq, dk, found[2])
 
     def _attend(
-        self, q: Array, k: Array, v: Array, term: Array | None, band: Band, scale: float, statistics: tuple[str, ...]
+        self, q: Array, k: Array, v: Array, term: Array | None, band: Band, scale: float, *statistics: str
     ) -> list[Array]:
-        """out [B, H, S, E], lse [B, H, S] and as many statistics like it."""
+        """out [B, H, S, E] and these statistics [B, H, S] of it."""
         rows = q.shape[2]
         if rows == k.shape[2] == 1:
             q = _two_rows(q)
         out = self._rows_like(q, v.shape[3])
         float32 = self._arrays.xp.float32
-        found = {name: self._arrays.empty(q.shape[:3], q, float32) for name in ("lse", *statistics)}
+        found = {name: self._arrays.empty(q.shape[:3], q, float32) for name in statistics}
         self._run({"q": q, "k": k, "v": v} | self._term(term, q, k), {"out": out} | found, band, scale)
         return [x if x.shape[2] == rows else x[:, :, :rows] for x in (out, *found.values())]
 

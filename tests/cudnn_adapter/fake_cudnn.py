@@ -11,6 +11,13 @@ import torch
 
 FLOATS = {"HALF": torch.float16, "BFLOAT16": torch.bfloat16, "FLOAT": torch.float32, "INT32": torch.int32}
 LARGEST = 88.7  # whose exp is still a float32
+LOWEST = torch.finfo(torch.float32).min
+EMPTY = {
+    "guarded": "maximum -inf, total 0",
+    "counted": "maximum -inf, total the number of keys",
+    "lowest": "maximum the lowest float32, total 0",
+    "clamped": "maximum the lowest float32, total the number of keys",
+}  # What is said of a row without keys: it depends on the kernel.
 
 
 class NotSupported(Exception):
@@ -75,13 +82,14 @@ class Graph:
         return self.tensors[-1]
 
     def sdpa(self, *, generate_stats, **terms):
-        assert generate_stats
         self.terms, self.gradient = terms, False
-        self.results = Tensor(name="O"), Tensor(name="Stats")
-        return self.results
+        asked = generate_stats, "score_max" in terms, "score_sum_exp" in terms
+        self.refused = asked not in ((False, False, False), (True, False, False), (False, True, True))
+        self.results = (Tensor(name="O"), Tensor(name="Stats"))[: 1 + generate_stats]
+        return self.results[0], self.results[1] if generate_stats else None
 
     def sdpa_backward(self, **terms):
-        self.terms, self.gradient = terms, True
+        self.terms, self.gradient, self.refused = terms, True, False
         self.results = Tensor(name="dQ"), Tensor(name="dK"), Tensor(name="dV")
         return self.results
 
@@ -93,6 +101,8 @@ class Graph:
             raise ValueError("right bound needs to be larger than or equal to zero")
         if left is not None and (left <= 0 or rows > keys):
             raise NotSupported(f"left bound {left} on {rows} x {keys}")
+        if self.refused:
+            raise NotSupported("CompositeSoftmaxNode: stats only, max and sum_exp only, or none of the above")
         if rows == keys == 1:
             raise NotSupported("one row and one key")
         for name in ("q", "k", "v", "o", "dO", "bias"):
@@ -131,12 +141,19 @@ class Graph:
         if self.gradient:
             self.pull_back(wide, given, scores, k, v, results)
             return
-        maximum = scores.amax(-1, keepdim=True)
-        maximum = maximum.masked_fill(maximum == -math.inf, self.module.nothing)
-        weights = torch.exp(scores - maximum)  # in rows without keys NaN, or 0 if nothing is a number
+        if self.module.empty == "clamped":
+            scores = scores.clamp(min=LOWEST)
+        maximum = scores.masked_fill(scores.isnan(), -math.inf).amax(-1, keepdim=True)  # a GPU's passes over NaN
+        if self.module.empty == "lowest":
+            maximum = maximum.clamp(min=LOWEST)
+        nothing = maximum == -math.inf
+        weights = torch.exp(scores - maximum.masked_fill(nothing, 0.0))
+        if self.module.empty == "counted":
+            weights = torch.where(nothing & ~scores.isnan(), 1.0, weights)
         total = weights.sum(-1, keepdim=True)
-        results[0].copy_(weights.double() / total @ v)
-        results[1].copy_(maximum + total.log())
+        results[0].copy_(weights.double() / total @ v)  # NaN in rows without keys, or an average
+        for stats in results[1:]:
+            stats.copy_(maximum + total.log())
         for name, x in (("score_max", maximum), ("score_sum_exp", total)):
             if name in given:
                 assert self.terms[name].output
@@ -163,10 +180,10 @@ class Graph:
                 mine.copy_(x)
 
 
-def make(nothing: float = -math.inf) -> ModuleType:
-    """A new module, which keeps what it built, ran and made. nothing: the maximum of rows without keys."""
+def make(empty: str = "guarded") -> ModuleType:
+    """A new module, which keeps what it built, ran and made. empty: a key of EMPTY."""
     module = ModuleType("cudnn")
-    module.nothing = nothing
+    module.empty = empty
     module.built, module.runs, module.handles = [], [], []
     module.data_type = Enum("data_type", [(name, name) for name in FLOATS])
     module.heur_mode = Enum("heur_mode", ["A", "FALLBACK"])

@@ -106,6 +106,7 @@ TERMS = {
     "bias that hides": {"bias": hiding(1, 1, 45, 45)},
     "lowest bias": {"bias": lowest(2, 1, 45, 45), "causal": True},
     "lowest bias in bfloat16": {"bias": lowest(2, 1, 45, 45, dtype=torch.bfloat16)},
+    "lowest bias in float32": {"bias": lowest(1, 4, 45, 45, dtype=torch.float32)},
     "mask": {"mask": coins(2, 4, 45, 45)},
     "mask of keys": {"mask": coins(2, 1, 1, 45), "causal": True},
     "mask that hides all": {"mask": torch.zeros(1, 1, 45, 45, dtype=torch.bool)},
@@ -124,6 +125,26 @@ def test_bias_and_mask(kernels, term, size, layout, memory):
 def test_the_lowest_bias_in_the_type_of_q_weighs_as_dense_attention_does(kernels):
     bias = lowest(2, 1, 45, 45, dtype=torch.bfloat16)
     check(kernels, SQUARE, torch.bfloat16, 2, "zigzag", bias=bias)
+
+
+@pytest.mark.parametrize("kernels", ["guarded", "counted", "lowest"], indirect=True)
+def test_a_bias_in_float32_hides(kernels):
+    # Where the kernel clamps -inf nothing tells it from a bias of the lowest float32.
+    check(kernels, SQUARE, size=2, bias=hiding(1, 1, 45, 45, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("terms", [
+    {"mask": coins(1, 1, 45, 45) & (torch.arange(45) != 9)[:, None]}, {"bias": hiding(1, 1, 45, 45)},
+], ids=["mask", "bias"])  # fmt: skip
+def test_a_row_that_sees_nothing_is_the_empty_partial(kernels, terms):
+    rows = (range(45),)
+    tile = Tile(slice(None), slice(None), slice(None), slice(0, 45), slice(0, 45), rows, rows)
+    part = kernels.forward(*draw(torch.float16, *SQUARE), score=Score(0.25), tile=tile, **terms)
+    row = 9 if "mask" in terms else 22
+    for x, due in ((part.weighted, 0.0), (part.maximum, -torch.inf), (part.total, 0.0)):
+        assert (x[:, :, row] == due).all()
+    others = torch.arange(45) != row
+    assert part.maximum[:, :, others].isfinite().all()
 
 
 def test_single_rows_and_keys(kernels):
@@ -161,7 +182,7 @@ def test_what_is_aligned_is_read_where_it_is(kernels, monkeypatch):
     ringcore.ring_attention(q, k, v, bias=bias, kernels=kernels)
     before = len(copies)
     ringcore.ring_attention(q, k, v, bias=bias, kernels=kernels)
-    assert copies[before:] == [(1, 2, 16, 16), (1, 2, 16), (1, 2, 16), (1, 2, 16)]  # out and statistics alone
+    assert copies[before:] == [(1, 2, 16, 16), (1, 2, 16), (1, 2, 16)]  # out and statistics alone
 
 
 def test_numbers_in_keys_that_nobody_sees_stay_there(kernels):
@@ -182,8 +203,9 @@ def test_nan_in_a_query_is_not_hidden(kernels):
     q, k, v = draw(torch.float16, 1, 2, 1, 16, 24, 16, 16)
     q[:, :, 3] = torch.nan
     for terms in ({}, {"mask": coins(16, 24)}, {"bias": normal(16, 24)}):
-        out = ringcore.ring_attention(q, k, v, kernels=kernels, **terms)
+        out, lse = ringcore.ring_attention(q, k, v, kernels=kernels, return_lse=True, **terms)
         assert out[:, :, 3].isnan().all()
+        assert lse[:, :, 3].isnan().all()
         assert out[:, :, :3].isfinite().all()
 
 
