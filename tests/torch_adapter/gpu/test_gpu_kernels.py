@@ -125,6 +125,7 @@ TERMS = {
     "bias of rows": lambda dtype: {"bias": bias_of("numbers", dtype, 1, 4, 301, 1)},
     "bias in float32": lambda dtype: {"bias": bias_of("numbers", torch.float32, 1, 1, 301, 301)},
     "bias that hides": lambda dtype: {"bias": bias_of("hides", dtype, 1, 1, 301, 301)},
+    "bias in float32 that hides": lambda dtype: {"bias": bias_of("hides", torch.float32, 1, 1, 301, 301)},
     "lowest bias": lambda dtype: {"bias": bias_of("lowest", dtype, 2, 1, 301, 301)},
     "lowest bias in float32": lambda dtype: {"bias": bias_of("lowest", torch.float32, 1, 4, 301, 301)},
     "mask": lambda dtype: {"mask": randoms(2, 4, 301, 301) < 0.6},
@@ -148,6 +149,16 @@ TERMS = {
 @pytest.mark.parametrize("term", TERMS)
 def test_bias_and_mask(term, size, layout, dtype):
     check(FRONTEND, dtype, (2, 4, 2, 301, 301, 64, 64), size, layout, "bshd", **TERMS[term](dtype))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("term", ["bias", "mask"])
+def test_nan_in_a_query_is_not_hidden_by_the_frontend(term, size):
+    q, k, v = draw(torch.bfloat16, 2, 4, 2, 301, 301, 64, 64)
+    q[:, :, 7] = torch.nan
+    out = ringcore.ring_attention(q, k, v, kernels=FRONTEND, ring_size=size, **TERMS[term](torch.bfloat16))
+    assert out[:, :, 7].isnan().all()
+    assert out[:, :, 8:].isfinite().all()
 
 
 @pytest.mark.parametrize("widths", [(64, 128), (128, 64), (192, 128), (40, 72), (256, 256), (8, 16)])
