@@ -18,6 +18,15 @@ def test_tiles_whose_end_cudnn_does_not_hide_go_to_flash2(monkeypatch, rows, key
     assert pull_back(rows, keys) == "dq, dk, dv"
 
 
+def test_so_do_all_where_gradients_must_be_equal_from_run_to_run(monkeypatch):
+    monkeypatch.setattr(Flash2, "pull_back", lambda *_: "dq, dk, dv")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert pull_back(256, 256) == "dq, dk, dv"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(("rows", "keys"), [(2, 128), (100, 256), (384, 384)])
 def test_others_stay_with_cudnn(rows, keys):
     with pytest.raises(NotImplementedError, match="_scaled_dot_product_cudnn_attention_backward"):
