@@ -63,7 +63,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | No
     with _uncast(q):
         result = call.prepare(*_detached(q, k, v, bias, mask)).forward()
     out = result.out if call.axes == "bhsd" else result.out.transpose(1, 2)
-    return _stored_as(_empty_out(q, v), out), result
+    return _with_strides(_out_strides(q, v), out), result
 
 
 def _forward(
@@ -83,7 +83,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, keywords: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     axes = call_of("ring_attention", keywords).axes
-    out = _empty_out(q, v)
+    out = q.new_empty_strided((*q.shape[:3], v.shape[3]), _out_strides(q, v))
     rows = q.shape[:3] if axes == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse, maximum, total = (q.new_empty(rows, dtype=wide) for _ in range(3))
@@ -106,8 +106,7 @@ def _backward(
     with _uncast(q):
         prepared = call.prepare(q, k, v, bias, mask, lambda _: check_output_gradients(dout, dlse, out, maximum))
         found = prepared.backward(result, dout, dlse, names)
-    memory = _empty_gradients(q, k, v, bias, names)
-    return [_stored_as(empty, x) for empty, x in zip(memory, found, strict=True)]
+    return [_stored_as(like, x) for like, x in zip(_named(names, q, k, v, bias), found, strict=True)]
 
 
 _attend_backward = torch.library.custom_op("ringcore::attend_backward", _backward, mutates_args=())
@@ -118,7 +117,7 @@ def _(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
     mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
-    return _empty_gradients(q, k, v, bias, wrt.split())
+    return [torch.empty_like(x) for x in _named(wrt.split(), q, k, v, bias)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -200,8 +199,13 @@ def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
         )
 
 
+def _named(names: Sequence[str], *inputs: Tensor | None) -> list[Tensor]:
+    """Those of q, k, v and bias that are named."""
+    return [x for name in names if (x := dict(zip(_INPUTS, inputs, strict=True))[name]) is not None]
+
+
 def _detached(*tensors: Any) -> list[Any]:
-    return [None if x is None else x.detach() for x in tensors]
+    return [x.detach() if x is not None and x.requires_grad else x for x in tensors]
 
 
 def _uncast(q: Tensor) -> AbstractContextManager[Any]:
@@ -210,23 +214,23 @@ def _uncast(q: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _empty_out(q: Tensor, v: Tensor) -> Tensor:
-    """The memory of out: heads and rows in the order in which q has them."""
-    batch, first, second, _ = q.shape
+def _out_strides(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """How out lies: heads and rows in the order in which q has them."""
+    _, first, second, _ = q.shape
     width = v.shape[3]
     if q.stride(1) < q.stride(2):
-        strides = first * second * width, width, first * width, 1
-    else:
-        strides = first * second * width, second * width, width, 1
-    return q.new_empty_strided((batch, first, second, width), strides)
+        return first * second * width, width, first * width, 1
+    return first * second * width, second * width, width, 1
 
 
-def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, names: Sequence[str]) -> list[Tensor]:
-    """The memory of the gradients, each in the order of its input's."""
-    inputs = dict(zip(_INPUTS, (q, k, v, bias), strict=True))
-    return [torch.empty_like(x) for name in names if (x := inputs[name]) is not None]
+def _with_strides(strides: tuple[int, ...], x: Tensor) -> Tensor:
+    """x itself if it lies so, else a copy that does: compiled code relies on it."""
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
-def _stored_as(memory: Tensor, x: Tensor) -> Tensor:
-    """x itself if its strides are those of ``memory``, else copied there: compiled code relies on them."""
-    return x if x.stride() == memory.stride() else memory.copy_(x)
+def _stored_as(like: Tensor, x: Tensor) -> Tensor:
+    """x in the order of memory of ``like``, without its gaps."""
+    last = sum((length - 1) * step for length, step in zip(x.shape, x.stride(), strict=True))
+    if x.stride() == like.stride() and last + 1 == x.numel():
+        return x
+    return _with_strides(torch.empty_like(like).stride(), x)
