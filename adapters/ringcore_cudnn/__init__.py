@@ -1,4 +1,4 @@
-"""cuDNN's attention through its frontend, on raw pointers: for Torch and CuPy, with bias and masks in the kernel."""
+"""cuDNN's attention through its frontend, on raw pointers: for Torch and CuPy, with masks in the kernel."""
 
 from ringcore_cudnn.arrays import Arrays
 from ringcore_cudnn.engine import Engine

@@ -14,7 +14,7 @@ from ringcore import MissingDependency, UnsupportedError
 from ringcore_cudnn.graphs import Graph, Problem
 
 _KEPT = 256  # graphs of one thread on one device
-_LEAST = 91002  # cuDNN 9.10.2: bounds on both sides beside a bias
+_LEAST = 91002  # cuDNN 9.10.2: bounds on both sides beside what is added to the scores
 
 
 class Engine:

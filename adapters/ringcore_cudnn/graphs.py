@@ -15,7 +15,7 @@ Operand = tuple[str, tuple[int, ...], tuple[int, ...], str]
 UIDS = {
     name: number
     for number, name in enumerate(
-        ("q", "k", "v", "bias", "q_lengths", "k_lengths", "out", "lse", "maximum", "total", "dout", "dq", "dk", "dv"), 1
+        ("q", "k", "v", "mask", "q_lengths", "k_lengths", "out", "lse", "dout", "dq", "dk", "dv"), 1
     )
 }
 """The number by which cuDNN knows each operand."""
@@ -27,10 +27,9 @@ class Problem(NamedTuple):
     """What a graph computes; equal problems share one.
 
     operands: all arrays, of four axes, in the order in which their addresses will come. Forward has q [B, H, S, D],
-        k [B, Hk, T, D], v [B, Hk, T, E], gives out [B, H, S, E], and either lse [B, H, S, 1], natural log, or maximum
-        and total, shaped like it: cuDNN before 9.21 gives no others beside either. With dout it is backward: out and
-        lse are given, dq, dk and dv come. Optional: bias [B or 1, H or 1, S, T], and q_lengths with k_lengths
-        [B, 1, 1, 1].
+        k [B, Hk, T, D], v [B, Hk, T, E], gives out [B, H, S, E] and lse [B, H, S, 1], natural log. With dout it is
+        backward: out and lse are given, dq, dk and dv come. Optional: mask [B or 1, H or 1, S, T], which is added to
+        the scores and holds 0 or -inf, and q_lengths with k_lengths [B, 1, 1, 1].
     scale: what q.k is multiplied by. band: as in `ringcore.Band`, with lo <= 0 <= hi. deterministic: whether
         gradients are equal from run to run.
     """
@@ -88,13 +87,8 @@ def bounds(band: Band) -> dict[str, Any]:
 
 def _forward(graph: Any, problem: Problem) -> None:
     given = _operands(graph, problem)
-    statistics = {"maximum": "score_max", "total": "score_sum_exp"}
-    for name in statistics.keys() & given.keys():
-        given[name].set_output(True)
     out, lse = graph.sdpa(
-        q=given["q"], k=given["k"], v=given["v"], attn_scale=problem.scale, name="forward",
-        generate_stats=any(name == "lse" for name, *_ in problem.operands),
-        **{keyword: given[name] for name, keyword in statistics.items() if name in given},
+        q=given["q"], k=given["k"], v=given["v"], attn_scale=problem.scale, generate_stats=True, name="forward",
         **bounds(problem.band), **_terms(given),
     )  # fmt: skip
     _mark(problem, {"out": out, "lse": lse})
@@ -122,7 +116,7 @@ def _operands(graph: Any, problem: Problem) -> dict[str, Any]:
 
 
 def _terms(given: Mapping[str, Any]) -> dict[str, Any]:
-    found = {"bias": given["bias"]} if "bias" in given else {}
+    found = {"bias": given["mask"]} if "mask" in given else {}
     if "k_lengths" in given:
         found |= {"use_padding_mask": True, "seq_len_q": given["q_lengths"], "seq_len_kv": given["k_lengths"]}
     return found

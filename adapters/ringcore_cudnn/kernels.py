@@ -11,17 +11,17 @@ from ringcore import Array, Band, Capabilities, Gradients, Partial, Score, Tile
 from ringcore_cudnn.arrays import Arrays
 from ringcore_cudnn.engine import Engine
 from ringcore_cudnn.graphs import Operand, Problem
-from ringcore_cudnn.hiding import added, corrected, normalised, rounding, seen_alone, unnormalised
+from ringcore_cudnn.hiding import added, normalised, seen_alone
 
-_BYTES = 16  # that cuDNN loads at once
 _BLOCK = 128  # keys; where backward forgets those past the end, exp(0 - lse) can overflow
-_ALIGNED = 8  # numbers of a half type
+_BYTES = 16  # that cuDNN loads at once
+_ALIGNED = 8  # numbers of a half type in them
 
 HALF = frozenset({"float16", "bfloat16"})
 
 
 class CudnnFrontend:
-    """cuDNN's attention with bias and mask, on arrays of the library that ``arrays`` speaks for.
+    """cuDNN's attention with a mask, on arrays of the library that ``arrays`` speaks for.
 
     name, library, devices, largest_head: as in `ringcore.Capabilities`.
     """
@@ -29,9 +29,9 @@ class CudnnFrontend:
     def __init__(self, arrays: Arrays, name: str, library: str, devices: frozenset[str], largest_head: int) -> None:
         self._arrays, self._engine = arrays, Engine()
         self.capabilities = Capabilities(
-            name, dtypes=HALF, libraries=frozenset({library}), devices=devices, softcap=False, bias_gradient=False,
-            fused=True, bands="windows", preference=15, poison_rows=False, largest_head=largest_head,
-            head_multiple=_ALIGNED,
+            name, dtypes=HALF, libraries=frozenset({library}), devices=devices, bias=False, softcap=False,
+            bias_gradient=False, fused=True, bands="windows", preference=15, poison_rows=False,
+            largest_head=largest_head, head_multiple=_ALIGNED,
         )  # fmt: skip
 
     def capturing(self) -> bool:
@@ -40,32 +40,26 @@ class CudnnFrontend:
 
     def forward(
         self, q: Array, k: Array, v: Array, *, score: Score, tile: Tile,
-        bias: Array | None = None, mask: Array | None = None, state: None = None,
+        bias: None = None, mask: Array | None = None, state: None = None,
     ) -> Partial:  # fmt: skip
         """The tile's own partial; see `ringcore.Kernels`."""
-        term = added(q, bias, mask)
-        k, v = seen_alone(term, k, v)
-        if bias is not None:
-            out, maximum, total = self._attend(q, k, v, term, tile.band, score.scale, "maximum", "total")
-            return unnormalised(out, maximum, total, term)
-        out, lse = self._attend(q, k, v, term, tile.band, score.scale, "lse")
+        term = self._term(mask, q, k)
+        k, v = seen_alone(mask, k, v)
+        out, lse = self._attend(q, k, v, term, tile.band, score.scale)
         if mask is not None:
-            return normalised(out, lse, term)
+            return normalised(out, lse)
         xp = self._arrays.xp
         one = xp.ones((), dtype=lse.dtype, device=array_api_compat.device(lse))
         return Partial(out, lse, xp.broadcast_to(one, lse.shape))
 
     def backward(
         self, dout: Array, q: Array, k: Array, v: Array, maximum: Array, total: Array, delta: None, *,
-        score: Score, tile: Tile, bias: Array | None = None, mask: Array | None = None, into: Gradients,
-        out: Array, lse: Array, dlse: Array | None,
+        score: Score, tile: Tile, bias: None = None, mask: Array | None = None, into: Gradients, out: Array,
+        lse: Array, dlse: Array | None,
     ) -> Gradients:  # fmt: skip
         """The tile's own gradients; see `ringcore.Kernels`."""
-        term = added(q, bias, mask)
-        k, v = seen_alone(term, k, v)
-        if bias is not None:
-            factor = rounding(lse, maximum, total)
-            dout, dlse = corrected(dout, factor), None if dlse is None else corrected(dlse, factor)
+        term = self._term(mask, q, k)
+        k, v = seen_alone(mask, k, v)
         found = self._pull_back(dout, q, k, v, out, lse, term, tile.band, score.scale)
         if dlse is None:
             return Gradients(*found)
@@ -78,17 +72,16 @@ class CudnnFrontend:
         return Gradients(dq, dk, found[2])
 
     def _attend(
-        self, q: Array, k: Array, v: Array, term: Array | None, band: Band, scale: float, *statistics: str
-    ) -> list[Array]:
-        """out [B, H, S, E] and these statistics [B, H, S] of it."""
+        self, q: Array, k: Array, v: Array, term: Array | None, band: Band, scale: float
+    ) -> tuple[Array, Array]:
+        """out [B, H, S, E] and lse [B, H, S]."""
         rows = q.shape[2]
         if rows == k.shape[2] == 1:
             q = _two_rows(q)
         out = self._rows_like(q, v.shape[3])
-        float32 = self._arrays.xp.float32
-        found = {name: self._arrays.empty(q.shape[:3], q, float32) for name in statistics}
-        self._run({"q": q, "k": k, "v": v} | self._term(term, q, k), {"out": out} | found, band, scale)
-        return [x if x.shape[2] == rows else x[:, :, :rows] for x in (out, *found.values())]
+        lse = self._arrays.empty(q.shape[:3], q, self._arrays.xp.float32)
+        self._run({"q": q, "k": k, "v": v} | _masked(term, q), {"out": out, "lse": lse}, band, scale)
+        return (out, lse) if q.shape[2] == rows else (out[:, :, :rows], lse[:, :, :rows])
 
     def _pull_back(
         self, dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, term: Array | None, band: Band,
@@ -98,7 +91,7 @@ class CudnnFrontend:
         rows = q.shape[2]
         if rows == k.shape[2] == 1:
             q, out, dout, lse = (_two_rows(x) for x in (q, out, dout, lse))
-        given = {"q": q, "k": k, "v": v, "out": out, "dout": dout} | self._term(term, q, k)
+        given = {"q": q, "k": k, "v": v, "out": out, "dout": dout} | _masked(term, q)
         given["lse"] = self._packed(lse)
         if k.shape[2] % _BLOCK or rows == 1:
             given |= _lengths(q, k)
@@ -121,23 +114,16 @@ class CudnnFrontend:
                 allocate=lambda size: arrays.allocate(size, like),
             )  # fmt: skip
 
-    def _term(self, term: Array | None, q: Array, k: Array) -> dict[str, Array]:
-        """What is added to the scores, with rows and columns of full length."""
-        if term is None:
-            return {}
-        xp, (batch, heads, rows, columns) = array_api_compat.array_namespace(term), term.shape
-        if columns != k.shape[2]:
-            term = xp.broadcast_to(term, (batch, heads, rows, k.shape[2]))
-        term = self._aligned(term)
-        return {"bias": term if rows == q.shape[2] else xp.broadcast_to(term, (batch, heads, q.shape[2], k.shape[2]))}
+    def _term(self, mask: Array | None, q: Array, k: Array) -> Array | None:
+        """What is added to the scores for a mask, as cuDNN loads it; rows that are all alike stay one."""
+        return None if mask is None else self._aligned(added(q, mask, k.shape[2]))
 
     def _aligned(self, x: Array) -> Array:
         """x, or a copy if its rows do not begin at multiples of 16 bytes: cuDNN loads so many, and does not ask."""
-        arrays, numbers = self._arrays, _BYTES // x.dtype.itemsize
-        if arrays.address(x) % _BYTES == 0 and _even(x.shape, arrays.strides(x), numbers):
+        if self._arrays.address(x) % _BYTES == 0 and _even(x.shape, self._arrays.strides(x)):
             return x
         width = x.shape[3]
-        copy = arrays.empty((*x.shape[:3], width + -width % numbers), x)[..., :width]
+        copy = self._arrays.empty((*x.shape[:3], width + -width % _ALIGNED), x)[..., :width]
         copy[...] = x
         return copy
 
@@ -165,14 +151,22 @@ _LOADED = frozenset({"q", "k", "v", "out", "dout"})
 @lru_cache(maxsize=1024)
 def _operand(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Operand:
     """As cuDNN knows it, with four axes."""
-    added = (1,) * (4 - len(shape))
-    return name, (*shape, *added), (*strides, *added), str(dtype).rpartition(".")[2]
+    ones = (1,) * (4 - len(shape))
+    return name, (*shape, *ones), (*strides, *ones), str(dtype).rpartition(".")[2]
 
 
 @lru_cache(maxsize=1024)
-def _even(shape: tuple[int, ...], strides: tuple[int, ...], numbers: int) -> bool:
+def _even(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether all rows begin so many numbers, or a multiple, apart, and have no gaps."""
-    return strides[3] == 1 and all(strides[axis] % numbers == 0 or shape[axis] == 1 for axis in range(3))
+    return strides[3] == 1 and all(strides[axis] % _ALIGNED == 0 or shape[axis] == 1 for axis in range(3))
+
+
+def _masked(term: Array | None, q: Array) -> dict[str, Array]:
+    """The operand for what is added to the scores, with as many rows as q; none is copied."""
+    if term is None:
+        return {}
+    xp, (batch, heads, _, columns) = array_api_compat.array_namespace(term), term.shape
+    return {"mask": xp.broadcast_to(term, (batch, heads, q.shape[2], columns))}
 
 
 def _two_rows(x: Array) -> Array:

@@ -13,11 +13,9 @@ FLOATS = {"HALF": torch.float16, "BFLOAT16": torch.bfloat16, "FLOAT": torch.floa
 LARGEST = 88.7  # whose exp is still a float32
 LOWEST = torch.finfo(torch.float32).min
 EMPTY = {
-    "guarded": "maximum -inf, total 0",
-    "counted": "maximum -inf, total the number of keys",
-    "lowest": "maximum the lowest float32, total 0",
-    "clamped": "maximum the lowest float32, total the number of keys",
-}  # What is said of a row without keys: it depends on the kernel.
+    "infinite": "lse -inf, out NaN",
+    "lowest": "lse the lowest float32, out the average of all values",
+}  # What is said of a row without keys, where kernels may differ.
 
 
 class NotSupported(Exception):
@@ -32,10 +30,8 @@ class Handle:
 class Tensor:
     def __init__(self, dim=None, stride=None, data_type=None, uid=None, name=""):
         self.dim, self.stride, self.kind, self.uid, self.name = dim, stride, data_type, uid, name
-        self.output = False
 
     def set_output(self, output):
-        self.output = output
         return self
 
     def set_uid(self, uid):
@@ -82,14 +78,13 @@ class Graph:
         return self.tensors[-1]
 
     def sdpa(self, *, generate_stats, **terms):
+        assert generate_stats
         self.terms, self.gradient = terms, False
-        asked = generate_stats, "score_max" in terms, "score_sum_exp" in terms
-        self.refused = asked not in ((False, False, False), (True, False, False), (False, True, True))
-        self.results = (Tensor(name="O"), Tensor(name="Stats"))[: 1 + generate_stats]
-        return self.results[0], self.results[1] if generate_stats else None
+        self.results = Tensor(name="O"), Tensor(name="Stats")
+        return self.results
 
     def sdpa_backward(self, **terms):
-        self.terms, self.gradient, self.refused = terms, True, False
+        self.terms, self.gradient = terms, True
         self.results = Tensor(name="dQ"), Tensor(name="dK"), Tensor(name="dV")
         return self.results
 
@@ -101,8 +96,6 @@ class Graph:
             raise ValueError("right bound needs to be larger than or equal to zero")
         if left is not None and (left <= 0 or rows > keys):
             raise NotSupported(f"left bound {left} on {rows} x {keys}")
-        if self.refused:
-            raise NotSupported("CompositeSoftmaxNode: stats only, max and sum_exp only, or none of the above")
         if rows == keys == 1:
             raise NotSupported("one row and one key")
         for name in ("q", "k", "v", "o", "dO", "bias"):
@@ -113,6 +106,7 @@ class Graph:
             assert len(tensor.dim) == len(tensor.stride) == 4, tensor.name
         if "bias" in terms:
             assert terms["bias"].dim[2:] == [rows, keys]
+            assert terms["bias"].kind == terms["q"].kind
         if self.gradient:
             _, heads, rows, one = terms["stats"].dim
             if terms["stats"].stride != [heads * rows, rows, 1, 1] or one != 1:
@@ -141,23 +135,13 @@ class Graph:
         if self.gradient:
             self.pull_back(wide, given, scores, k, v, results)
             return
-        if self.module.empty == "clamped":
-            scores = scores.clamp(min=LOWEST)
-        maximum = scores.masked_fill(scores.isnan(), -math.inf).amax(-1, keepdim=True)  # a GPU's passes over NaN
         if self.module.empty == "lowest":
-            maximum = maximum.clamp(min=LOWEST)
-        nothing = maximum == -math.inf
-        weights = torch.exp(scores - maximum.masked_fill(nothing, 0.0))
-        if self.module.empty == "counted":
-            weights = torch.where(nothing & ~scores.isnan(), 1.0, weights)
+            scores = scores.clamp(min=LOWEST)
+        maximum = scores.amax(-1, keepdim=True)
+        weights = torch.exp(scores - maximum.masked_fill(maximum == -math.inf, 0.0))
         total = weights.sum(-1, keepdim=True)
-        results[0].copy_(weights.double() / total @ v)  # NaN in rows without keys, or an average
-        for stats in results[1:]:
-            stats.copy_(maximum + total.log())
-        for name, x in (("score_max", maximum), ("score_sum_exp", total)):
-            if name in given:
-                assert self.terms[name].output
-                given[name].copy_(x)
+        results[0].copy_(weights.double() / total @ v)
+        results[1].copy_(maximum + total.log())
 
     def pull_back(self, wide, given, scores, k, v, results):
         weights = torch.exp(scores - given["stats"]).double()
@@ -180,7 +164,7 @@ class Graph:
                 mine.copy_(x)
 
 
-def make(empty: str = "guarded") -> ModuleType:
+def make(empty: str = "infinite") -> ModuleType:
     """A new module, which keeps what it built, ran and made. empty: a key of EMPTY."""
     module = ModuleType("cudnn")
     module.empty = empty

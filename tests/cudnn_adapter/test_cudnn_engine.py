@@ -12,14 +12,13 @@ from ringcore import Band, MissingDependency, UnsupportedError
 ROWS = 16, 8, 1
 
 
-def operands(rows=24, keys=40, names=("q", "k", "v", "out", "lse")):
+def operands(rows=24, keys=40):
     shapes = {
         "q": (1, 2, rows, 16), "k": (1, 2, keys, 16), "v": (1, 2, keys, 16), "out": (1, 2, rows, 16),
-        "lse": (1, 2, rows, 1), "maximum": (1, 2, rows, 1), "total": (1, 2, rows, 1), "dout": (1, 2, rows, 16), "dq": (1, 2, rows, 16), "dk": (1, 2, keys, 16), "dv": (1, 2, keys, 16),
+        "lse": (1, 2, rows, 1),
     }  # fmt: skip
     found = []
-    for name in names:
-        batch, heads, height, width = shapes[name]
+    for name, (batch, heads, height, width) in shapes.items():
         strides = (heads * height * width, height * width, width, 1)
         found.append((name, (batch, heads, height, width), strides, "float32" if width == 1 else "float16"))
     return tuple(found)
@@ -125,16 +124,6 @@ def test_what_cudnn_cannot_do_is_our_error(cudnn):
 
     with pytest.raises(UnsupportedError, match=r"cuDNN 91900 has no kernel for attention of q \[1, 2, 1, 16\] float16"):
         run(Engine(), Problem(operands(rows=1, keys=1), 1.0))
-
-
-def test_statistics_are_lse_or_maximum_and_total(cudnn):
-    from ringcore_cudnn import Engine, Problem
-
-    engine = Engine()
-    for names in (("lse",), ("maximum", "total")):
-        run(engine, Problem(operands(names=("q", "k", "v", "out", *names)), 1.0))
-    with pytest.raises(UnsupportedError, match="max and sum_exp only"):
-        run(engine, Problem(operands(names=("q", "k", "v", "out", "lse", "maximum", "total")), 1.0))
 
 
 def test_a_missing_library_is_our_error_with_a_hint(cudnn):

@@ -54,25 +54,8 @@ def check(
         assert float((mine.double() - expected).abs().max() / expected.abs().max().clamp(min=1)) < GRADIENT[dtype]
 
 
-def normal(*shape, dtype=torch.float16):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
-
-
 def coins(*shape, part=0.6):
     return torch.rand(shape, generator=torch.Generator().manual_seed(10)) < part
-
-
-def hiding(*shape, dtype=torch.float16):
-    bias = normal(*shape, dtype=dtype).masked_fill(~coins(*shape), -torch.inf)
-    bias[..., shape[2] // 2, :] = -torch.inf
-    return bias
-
-
-def lowest(*shape, dtype=torch.float16):
-    """As model libraries hide: the most negative number, and whole rows of nothing else."""
-    bias = torch.zeros(shape, dtype=dtype).masked_fill(~coins(*shape), torch.finfo(dtype).min)
-    bias[..., shape[2] // 2, :] = torch.finfo(dtype).min
-    return bias
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -96,60 +79,36 @@ def test_what_a_query_sees(kernels, keywords, size, masked):
     check(kernels, SQUARE, size=size, layout="zigzag", **keywords, **mask)
 
 
-TERMS = {
-    "bias": {"bias": normal(2, 4, 45, 45)},
-    "bias of heads": {"bias": normal(1, 4, 45, 45), "causal": True},
-    "bias of keys": {"bias": normal(2, 1, 1, 45)},
-    "bias of rows": {"bias": normal(1, 4, 45, 1)},
-    "bias in float32": {"bias": normal(1, 1, 45, 45, dtype=torch.float32)},
-    "bias in the other half type": {"bias": normal(1, 1, 45, 45, dtype=torch.bfloat16)},
-    "bias that hides": {"bias": hiding(1, 1, 45, 45)},
-    "lowest bias": {"bias": lowest(2, 1, 45, 45), "causal": True},
-    "lowest bias in bfloat16": {"bias": lowest(2, 1, 45, 45, dtype=torch.bfloat16)},
-    "lowest bias in float32": {"bias": lowest(1, 4, 45, 45, dtype=torch.float32)},
-    "mask": {"mask": coins(2, 4, 45, 45)},
-    "mask of keys": {"mask": coins(2, 1, 1, 45), "causal": True},
-    "mask that hides all": {"mask": torch.zeros(1, 1, 45, 45, dtype=torch.bool)},
-    "mask with empty rows": {"mask": coins(2, 1, 45, 45) & (torch.arange(45) % 7 > 0)[:, None], "window": (9, 4)},
-    "both": {"bias": normal(1, 4, 45, 45), "mask": coins(2, 1, 45, 45), "causal": True, "window": (9, 0)},
-}  # fmt: skip
+MASKS = {
+    "pairs": {"mask": coins(2, 4, 45, 45)},
+    "keys": {"mask": coins(2, 1, 1, 45), "causal": True},
+    "rows": {"mask": coins(1, 4, 45, 1)},
+    "none seen": {"mask": torch.zeros(1, 1, 45, 45, dtype=torch.bool)},
+    "empty rows": {"mask": coins(2, 1, 45, 45) & (torch.arange(45) % 7 > 0)[:, None], "window": (9, 4)},
+    "other memory": {"mask": coins(2, 4, 45, 45).mT, "causal": True, "window": (9, 0)},
+}
 
 
 @pytest.mark.parametrize("memory", ["bhsd", "bshd"])
 @pytest.mark.parametrize(("size", "layout"), [(1, "contiguous"), (2, "zigzag"), (3, "striped")])
-@pytest.mark.parametrize("term", TERMS)
-def test_bias_and_mask(kernels, term, size, layout, memory):
-    check(kernels, SQUARE, size=size, layout=layout, memory=memory, **TERMS[term])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(kernels, name, size, layout, memory):
+    check(kernels, SQUARE, size=size, layout=layout, memory=memory, **MASKS[name])
 
 
-def test_the_lowest_bias_in_the_type_of_q_weighs_as_dense_attention_does(kernels):
-    bias = lowest(2, 1, 45, 45, dtype=torch.bfloat16)
-    check(kernels, SQUARE, torch.bfloat16, 2, "zigzag", bias=bias)
-
-
-@pytest.mark.parametrize("kernels", ["guarded", "counted", "lowest"], indirect=True)
-def test_a_bias_in_float32_hides(kernels):
-    # Where the kernel clamps -inf nothing tells it from a bias of the lowest float32.
-    check(kernels, SQUARE, size=2, bias=hiding(1, 1, 45, 45, dtype=torch.float32))
-
-
-@pytest.mark.parametrize("terms", [
-    {"mask": coins(1, 1, 45, 45) & (torch.arange(45) != 9)[:, None]}, {"bias": hiding(1, 1, 45, 45)},
-], ids=["mask", "bias"])  # fmt: skip
-def test_a_row_that_sees_nothing_is_the_empty_partial(kernels, terms):
-    rows = (range(45),)
+def test_a_row_that_sees_nothing_is_the_empty_partial(kernels):
+    rows, others = (range(45),), torch.arange(45) != 9
     tile = Tile(slice(None), slice(None), slice(None), slice(0, 45), slice(0, 45), rows, rows)
-    part = kernels.forward(*draw(torch.float16, *SQUARE), score=Score(0.25), tile=tile, **terms)
-    row = 9 if "mask" in terms else 22
+    mask = coins(1, 1, 45, 45) & others[:, None]
+    part = kernels.forward(*draw(torch.float16, *SQUARE), score=Score(0.25), tile=tile, mask=mask)
     for x, due in ((part.weighted, 0.0), (part.maximum, -torch.inf), (part.total, 0.0)):
-        assert (x[:, :, row] == due).all()
-    others = torch.arange(45) != row
+        assert (x[:, :, 9] == due).all()
     assert part.maximum[:, :, others].isfinite().all()
 
 
 def test_single_rows_and_keys(kernels):
     check(kernels, (1, 2, 1, 3, 3, 8, 8), size=3, causal=True)
-    check(kernels, (1, 2, 1, 3, 3, 8, 8), size=3, bias=normal(1, 2, 3, 3), mask=coins(3, 3))
+    check(kernels, (1, 2, 1, 3, 3, 8, 8), size=3, mask=coins(3, 3))
 
 
 @pytest.mark.parametrize("rows", [1, 45])
@@ -166,12 +125,12 @@ def test_very_negative_scores_have_gradients(kernels, rows):
 
 def test_what_is_not_aligned_is_copied(kernels):
     q, k, v = (torch.nn.functional.pad(x, (3, 2))[..., 3:-2] for x in draw(torch.float16, *SQUARE))
-    check(kernels, None, arrays=[q, k, v], bias=normal(1, 1, 47, 61)[:, :, 1:46, 9:54], causal=True)
+    check(kernels, None, arrays=[q, k, v], mask=coins(1, 1, 47, 61)[:, :, 1:46, 9:54], causal=True)
 
 
 def test_what_is_aligned_is_read_where_it_is(kernels, monkeypatch):
     q, k, v = draw(torch.float16, 1, 2, 2, 16, 24, 16, 16)
-    bias = normal(1, 2, 16, 24)
+    mask = coins(1, 2, 16, 24)
     copies, own = [], kernels._arrays.empty
 
     def empty(shape, like, dtype=None):
@@ -179,22 +138,19 @@ def test_what_is_aligned_is_read_where_it_is(kernels, monkeypatch):
         return own(shape, like, dtype)
 
     monkeypatch.setattr(kernels._arrays, "empty", empty)
-    ringcore.ring_attention(q, k, v, bias=bias, kernels=kernels)
+    ringcore.ring_attention(q, k, v, mask=mask, kernels=kernels)
     before = len(copies)
-    ringcore.ring_attention(q, k, v, bias=bias, kernels=kernels)
-    assert copies[before:] == [(1, 2, 16, 16), (1, 2, 16), (1, 2, 16)]  # out and statistics alone
+    ringcore.ring_attention(q, k, v, mask=mask, kernels=kernels)
+    assert copies[before:] == [(1, 2, 16, 16), (1, 2, 16)]  # out and lse alone
 
 
 def test_numbers_in_keys_that_nobody_sees_stay_there(kernels):
     q, k, v = draw(torch.float16, 1, 2, 1, 16, 24, 16, 16)
     mask = torch.ones(16, 24, dtype=torch.bool)
     mask[:, 5] = False
-    bias = torch.zeros(16, 24, dtype=torch.float16)
-    bias[:, 7] = -torch.inf
-    due = ringcore.ring_attention(q, k, v, mask=mask, bias=bias, kernels=kernels)
-    for column in (5, 7):
-        k[:, :, column], v[:, :, column] = torch.nan, torch.inf
-    (out, _), pullback = ringcore.ring_attention_vjp(q, k, v, mask=mask, bias=bias, kernels=kernels)
+    due = ringcore.ring_attention(q, k, v, mask=mask, kernels=kernels)
+    k[:, :, 5], v[:, :, 5] = torch.nan, torch.inf
+    (out, _), pullback = ringcore.ring_attention_vjp(q, k, v, mask=mask, kernels=kernels)
     assert torch.equal(out, due)
     assert all(x.isfinite().all() for x in pullback(torch.ones_like(out)))
 
@@ -202,7 +158,7 @@ def test_numbers_in_keys_that_nobody_sees_stay_there(kernels):
 def test_nan_in_a_query_is_not_hidden(kernels):
     q, k, v = draw(torch.float16, 1, 2, 1, 16, 24, 16, 16)
     q[:, :, 3] = torch.nan
-    for terms in ({}, {"mask": coins(16, 24)}, {"bias": normal(16, 24)}):
+    for terms in ({}, {"mask": coins(16, 24)}):
         out, lse = ringcore.ring_attention(q, k, v, kernels=kernels, return_lse=True, **terms)
         assert out[:, :, 3].isnan().all()
         assert lse[:, :, 3].isnan().all()
@@ -231,9 +187,9 @@ def test_memory_follows_the_inputs(kernels):
         assert part.weighted.stride() == q.stride()
 
 
-def test_softcap_and_gradients_of_a_bias_are_refused(kernels):
+def test_softcap_and_bias_are_refused(kernels):
     q, k, v = draw(torch.float16, *SQUARE)
     with pytest.raises(ringcore.UnsupportedError, match="no softcap"):
         ringcore.ring_attention(q, k, v, softcap=3.0, kernels=kernels)
-    with pytest.raises(ringcore.UnsupportedError, match="no bias gradient"):
-        ringcore.ring_attention_vjp(q, k, v, bias=normal(45, 45), wrt=("bias",), kernels=kernels)
+    with pytest.raises(ringcore.UnsupportedError, match="they have no bias"):
+        ringcore.ring_attention(q, k, v, bias=torch.zeros(45, 45), kernels=kernels)

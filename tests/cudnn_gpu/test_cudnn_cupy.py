@@ -14,7 +14,6 @@ pytestmark = pytest.mark.timeout(300)
 KERNELS = "cupy.cuda.cudnn"
 TOLERANCE = {"bfloat16": (8e-3, 3e-2), "float16": (1e-3, 4e-3)}  # out, gradients
 BATCH, HEADS, KEY_HEADS, LENGTH, WIDTH = 2, 4, 2, 301, 64
-SQUARE = BATCH, 1, LENGTH, LENGTH
 
 
 def dtype_of(name):
@@ -27,11 +26,11 @@ def draw(name):
     return [rng.standard_normal((BATCH, count, LENGTH, WIDTH)).astype(dtype_of(name)) for count in heads]
 
 
-def dense(q, k, v, dout, *, causal=False, bias=0.0, mask=True):
+def dense(q, k, v, dout, *, causal=False, mask=True):
     """out, lse, dq, dk and dv."""
     q, k, v, dout = (x.astype(np.float64) for x in (q, k, v, dout))
     k, v = (np.repeat(x, HEADS // KEY_HEADS, axis=1) for x in (k, v))
-    scores = q @ k.swapaxes(2, 3) * WIDTH**-0.5 + np.asarray(bias, dtype=np.float64)
+    scores = q @ k.swapaxes(2, 3) * WIDTH**-0.5
     seen = np.broadcast_to(mask, scores.shape)
     if causal:
         seen = seen & np.tri(LENGTH, dtype=bool)
@@ -56,8 +55,8 @@ def hidden(*shape):
 TERMS = {
     "plain": {},
     "causal": {"causal": True},
-    "bias": {"bias": np.random.default_rng(7).standard_normal(SQUARE).astype(np.float16), "causal": True},
-    "mask": {"mask": ~hidden(*SQUARE) & (np.arange(LENGTH) % 7 > 0)[:, None]},
+    "mask": {"mask": ~hidden(BATCH, 1, LENGTH, LENGTH) & (np.arange(LENGTH) % 7 > 0)[:, None]},
+    "mask, causal": {"mask": ~hidden(1, HEADS, LENGTH, LENGTH), "causal": True},
     "mask of keys": {"mask": ~hidden(BATCH, 1, 1, LENGTH)},
 }
 
@@ -92,6 +91,12 @@ def test_they_are_taken_without_being_asked_for():
     assert choose_kernels(None, x, x, frozenset({"mask", "gradient"}))[0].capabilities.name == KERNELS
     x = x.astype(np.float32)
     assert choose_kernels(None, x, x, frozenset())[0].capabilities.name == "reference"
+
+
+def test_a_bias_is_not_for_them():
+    q, k, v, _ = map(cupy.asarray, draw("float16"))
+    with pytest.raises(ringcore.UnsupportedError, match="they have no bias"):
+        ringcore.ring_attention(q, k, v, bias=cupy.zeros((LENGTH, LENGTH), dtype=q.dtype), kernels=KERNELS)
 
 
 def test_work_is_queued_on_the_current_stream():
