@@ -23,9 +23,9 @@ from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, T
 from ringcore.layout import Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.protocols import Kernels
-from ringcore.ring import BackwardWork, ForwardWork
 from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
 from ringcore.values import Array, namespace
+from ringcore.work import BackwardWork, ForwardWork
 
 Further = TypeVar("Further")
 

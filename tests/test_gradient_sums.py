@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ringcore import Capabilities, Score
-from ringcore.ring import BackwardWork, ForwardWork, Sum
 from ringcore.values import Move
+from ringcore.work import BackwardWork, ForwardWork, Sum
 
 ALL = slice(None), slice(None), slice(None), ...
 ROWS = slice(None), slice(None), slice(2, 7), ...

@@ -22,7 +22,7 @@ LAYERS = {
     1: ("errors", "partial", "values"),
     2: ("arrays", "protocols"),
     3: ("layout", "merge", "partition", "pieces", "schedule", "tile"),
-    4: ("agreement", "arguments", "call", "discovery", "exchange", "local", "probation", "ring", "session"),
+    4: ("agreement", "arguments", "call", "discovery", "exchange", "local", "probation", "ring", "session", "work"),
     5: ("__init__", "api", "cli", "explanation"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}

@@ -29,7 +29,7 @@ FUSED = "tests/test_probation.py"
 MUTANTS = (
     Mutant(
         "per-chunk softmax summed",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         _FORWARD,
         f"{_CHUNK}        return Partial(chunk, part.maximum * 0, part.total * 0 + 1)\n",
         REPORT,
@@ -37,7 +37,7 @@ MUTANTS = (
     ),
     Mutant(
         "per-chunk averaged",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         _FORWARD,
         f"{_CHUNK}        seen = 0 if piece is None else piece.total\n"
         "        return Partial(chunk, part.maximum * 0, part.total * 0 + 1 + seen)\n",
@@ -46,7 +46,7 @@ MUTANTS = (
     ),
     Mutant(
         "the last chunk only",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "score=self.score, tile=tile, **terms, **state)",
         "score=self.score, tile=tile, **terms)",
         REPORT,
@@ -54,7 +54,7 @@ MUTANTS = (
     ),
     Mutant(
         "mask swallowed: ring",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         'terms = {"bias": bias, "mask": mask}',
         'terms = {"bias": bias, "mask": None}',
         RING,
@@ -62,7 +62,7 @@ MUTANTS = (
     ),
     Mutant(
         "bias swallowed: ring",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         'terms = {"bias": bias, "mask": mask}',
         'terms = {"bias": None, "mask": mask}',
         RING,
@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "stale K, V in backward",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "        k, v = block\n        forward, wanted = self.forward, self.wanted\n",
         "        forward, wanted = self.forward, self.wanted\n        k, v = forward.visiting()\n",
         PRECISION,
@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     Mutant(
         "local lse in backward",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         _BACKWARD,
         _LOCAL + _BACKWARD.replace("self.maximum[rows], self.total[rows]", "here.maximum, here.total"),
         RING,
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         "local out in backward",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         _BACKWARD,
         _LOCAL
         + _BACKWARD.replace("None if self.delta is None else self.delta[rows]", "(self.dout[rows] * here.out).sum(-1)"),
@@ -103,7 +103,7 @@ MUTANTS = (
     ),
     Mutant(
         "local lse in backward: fused",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         _BACKWARD,
         _LOCAL + _BACKWARD.replace("None if x is None", "here.lse if name == 'lse' else None if x is None"),
         FUSED,
@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "the last partial of fused kernels left out",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "empty_partial(self.q, self.v.shape[-1]), dtype, last)",
         "empty_partial(self.q, self.v.shape[-1]), dtype, None)",
         f"{RING} --backend torch",
@@ -135,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         "accumulators of many hops travel in a half type",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "return x.dtype if self.forward.fused and len(self.forward.lengths) == 2 else",
         "return x.dtype if self.forward.fused else",
         "tests/test_gradient_sums.py",
@@ -143,7 +143,7 @@ MUTANTS = (
     ),
     Mutant(
         "a third gradient is added in a half type",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "self._total = add(_widened(self._started()), *self._last)",
         "self._total = add(self._started(), *self._last)",
         "tests/test_gradient_sums.py",
@@ -160,7 +160,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta without dlse",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "return delta if dlse is None else delta - xp.astype(dlse, dtype)",
         "return delta",
         RING,
@@ -168,7 +168,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta of the rounded out",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "self.delta = _delta(dout, wide, dlse)",
         "self.delta = _delta(dout, out.astype(wide.dtype), dlse)",
         PRECISION,
@@ -176,7 +176,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta with the sign of dlse turned",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "delta - xp.astype(dlse, dtype)",
         "delta + xp.astype(dlse, dtype)",
         RING,
@@ -224,7 +224,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients summed in the dtype of k",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         "xp.zeros(x.shape, dtype=accumulation_dtype(x),",
         "xp.zeros(x.shape, dtype=x.dtype,",
         PRECISION,
@@ -248,7 +248,7 @@ MUTANTS = (
     ),
     Mutant(
         "send buffer overwritten in flight: accumulators",
-        "ringcore/ring.py",
+        "ringcore/work.py",
         '        dk = _zeros(k) if "k" in wanted else None\n',
         '        dk = self.__dict__.setdefault(f"dk of {len(tiles)} tiles {k.shape}", _zeros(k))\n'
         "        dk[...] = 0\n",

@@ -13,9 +13,10 @@ from later import dilated_plans, document_plans, double_ring_plans, halo_plans
 
 import ringcore
 from ringcore import Partial
-from ringcore.ring import BackwardWork, ForwardWork, ring
+from ringcore.ring import ring
 from ringcore.tile import ReferenceKernels
 from ringcore.values import Score
+from ringcore.work import BackwardWork, ForwardWork
 
 BATCH, HEADS, KEY_HEADS, LENGTH = 2, 4, 2, 21
 SCALE = 0.4

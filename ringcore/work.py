@@ -1,0 +1,291 @@
+"""The two kinds of work that ringcore does in its ring loop: attention, and its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import array_api_compat
+
+from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
+from ringcore.merge import StandardArithmetic, empty_partial, fields
+from ringcore.partial import Partial, accumulation_dtype
+from ringcore.pieces import pieces
+from ringcore.protocols import Arithmetic, Kernels
+from ringcore.values import Array, Blocks, Gradients, Move, Score, Spec, Tile, namespace
+
+_STANDARD = StandardArithmetic()
+
+
+class ForwardWork:
+    """q stays, (k, v) visit, the partial of q's rows accumulates here."""
+
+    def __init__(
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
+        *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic = _STANDARD,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
+        self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
+        self.state: Partial | None = None
+        self.last: tuple[tuple[Any, ...], Partial] | None = None
+
+    def visiting(self) -> Blocks:
+        """k [B, Hk, T, D] and v [B, Hk, T, E]."""
+        return self.k, self.v
+
+    def visiting_specs(self, move: Move) -> tuple[Spec, ...]:
+        """k and v of the block's owner."""
+        return tuple(_block_spec(x, x.dtype, self.lengths, move) for x in (self.k, self.v))
+
+    def carried_specs(self, move: Move) -> tuple[Spec, ...]:
+        """Nothing: what this work accumulates stays."""
+        return ()
+
+    def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
+        """Merge the tiles into the state of q's rows."""
+        k, v = block
+        for tile in self.pieces(tiles):
+            rows, whole = row_index(tile), _covers(self.q, tile)
+            if not whole and self.state is None:
+                self.state = empty_partial(self.q, v.shape[-1])
+            if self.fused:
+                self._visit_fused(k, v, tile)
+                continue
+            state = self.state
+            if whole or state is None:
+                self.state = self._forward(k, v, tile, state=state)
+            else:
+                piece = Partial(*(x[rows] for x in fields(state)))
+                part = self._forward(k, v, tile, state=piece)
+                if part is not piece:
+                    new = zip(fields(state), fields(part), strict=True)
+                    self.state = Partial(*(put(x, rows, value) for x, value in new))
+        return ()
+
+    def _visit_fused(self, k: Array, v: Array, tile: Tile) -> None:
+        """Merge what came before; the tile's own partial waits: the last one is merged as the sums are divided."""
+        if self.state is not None and self.last is not None:
+            self.state = self.arithmetic.merge_rows(self.state, *self.last)
+            self.last = None
+        part = self._forward(k, v, tile)
+        if self.state is None:
+            self.state = part
+        else:
+            self.last = row_index(tile), part
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels know one tile alone."""
+        return self.kernels.capabilities.fused
+
+    def pieces(self, tiles: Sequence[Tile]) -> Iterator[Tile]:
+        """The tiles in the form that the kernels take."""
+        for tile in tiles:
+            yield from pieces(tile, self.kernels.capabilities, masked=self.mask is not None)
+
+    def _forward(self, k: Array, v: Array, tile: Tile, **state: Partial | None) -> Partial:
+        rows, keys = row_index(tile), key_index(tile)
+        terms = _terms(self.bias, self.mask, tile)
+        return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
+
+    def complete(self) -> None:
+        """Nothing: the last partial is merged by `finish`."""
+
+    def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
+        """Never called: nothing is carried."""
+        raise NotImplementedError
+
+    def finish(self, dtype: Any) -> tuple[Array, Array, Array]:
+        """Of q's rows over all keys that visited: out [B, H, S, E] in ``dtype``, maximum and total [B, H, S].
+
+        From now on they are the caller's alone.
+        """
+        state, last, self.state, self.last = self.state, self.last, None, None
+        return self.arithmetic.finished(state or empty_partial(self.q, self.v.shape[-1]), dtype, last)
+
+
+class BackwardWork:
+    """q, dout and the row statistics stay, (k, v) visit, dq and dbias accumulate here, (dk, dv) are carried home.
+
+    ``wide`` is ``out`` before its last cast. ``wanted`` names the gradients to compute, out of q, k, v and bias.
+    """
+
+    def __init__(
+        self, forward: ForwardWork, dout: Array, dlse: Array | None, out: Array, wide: Array,
+        maximum: Array, total: Array, *, wanted: frozenset[str],
+    ) -> None:  # fmt: skip
+        self.forward, self.dout, self.wanted = forward, dout, wanted
+        self.maximum, self.total = maximum, total
+        self.delta: Array | None = None
+        self.rows: dict[str, Array | None] = {}
+        self.dq = None
+        self.sum = Sum(forward.q)
+        self.dbias = _zeros(forward.bias) if "bias" in wanted else None
+        if forward.fused:
+            self.rows = {"out": out, "lse": forward.arithmetic.finished_lse(maximum, total, math.inf), "dlse": dlse}
+            return
+        self.delta = _delta(dout, wide, dlse)
+        self.dq = _zeros(forward.q) if "q" in wanted else None
+
+    def visiting(self) -> Blocks:
+        """k [B, Hk, T, D] and v [B, Hk, T, E]."""
+        return self.forward.visiting()
+
+    def visiting_specs(self, move: Move) -> tuple[Spec, ...]:
+        """k and v of the block's owner."""
+        return self.forward.visiting_specs(move)
+
+    def carried_specs(self, move: Move) -> tuple[Spec, ...]:
+        """dk and dv of the block's owner, those of them that are wanted."""
+        return tuple(_block_spec(x, self._carried_dtype(x), self.forward.lengths, move) for x in self._carried())
+
+    def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
+        """Add to dq and dbias; the tiles' shares of dk and dv."""
+        k, v = block
+        forward, wanted = self.forward, self.wanted
+        if forward.fused:
+            return self._visit_fused(k, v, tiles)
+        dk = _zeros(k) if "k" in wanted else None
+        dv = _zeros(v) if "v" in wanted else None
+        for tile in forward.pieces(tiles):
+            rows, keys = row_index(tile), key_index(tile)
+            bias_index = () if self.dbias is None else term_index(self.dbias, tile)
+            places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
+            places = (self.dq, rows), (dk, keys), (dv, keys), (self.dbias, bias_index)
+            into = Gradients(*(None if x is None else x[index] for x, index in places))
+            gained = self._backward(k, v, tile, into)
+            if gained is not into:
+                new = gained.dq, gained.dk, gained.dv, gained.dbias
+                self.dq, dk, dv, self.dbias = (
+                    x if x is None else put(x, index, value) for (x, index), value in zip(places, new, strict=True)
+                )
+        return tuple(x for x in (dk, dv) if x is not None)
+
+    def _visit_fused(self, k: Array, v: Array, tiles: Sequence[Tile]) -> Blocks:
+        """Add the gradients that the kernels return."""
+        sums = {"q": self.sum, "k": Sum(k), "v": Sum(v)}
+        for tile in self.forward.pieces(tiles):
+            for total in sums.values():
+                total.settle()
+            rows, keys = row_index(tile), key_index(tile)
+            bias_index = () if self.dbias is None else term_index(self.dbias, tile)
+            into = Gradients(dbias=None if self.dbias is None else self.dbias[bias_index])
+            gained = self._backward(k, v, tile, into)
+            if self.dbias is not None and gained.dbias is not into.dbias:
+                self.dbias = put(self.dbias, bias_index, gained.dbias)
+            for name, index, part in (("q", rows, gained.dq), ("k", keys, gained.dk), ("v", keys, gained.dv)):
+                if name in self.wanted:
+                    sums[name].add(index, part)
+        share = tuple(sums[name].take() for name in ("k", "v") if name in self.wanted)
+        if k is self.forward.k and len(self.forward.lengths) <= 2:  # one other share at most is added to it
+            return share
+        return tuple(
+            namespace(x).astype(x, self._carried_dtype(like), copy=False)
+            for x, like in zip(share, self._carried(), strict=True)
+        )
+
+    def _carried_dtype(self, x: Array) -> Any:
+        """The dtype in which a gradient of x travels.
+
+        Where two ranks share in it, it is one kernel's result and is added once: it may stay in a half type.
+        """
+        return x.dtype if self.forward.fused and len(self.forward.lengths) == 2 else accumulation_dtype(x)
+
+    def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients) -> Gradients:
+        forward = self.forward
+        rows, keys = row_index(tile), key_index(tile)
+        return forward.kernels.backward(
+            self.dout[rows], forward.q[rows], k[keys], v[keys],
+            self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
+            score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+            **{name: None if x is None else x[rows] for name, x in self.rows.items()},
+        )  # fmt: skip
+
+    def complete(self) -> None:
+        """dq [B, H, S, D] is the sum over all blocks."""
+        if self.forward.fused and "q" in self.wanted:
+            self.dq = self.sum.take()
+
+    def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
+        """The sums, in the order in which the block visited."""
+        if rows is None:
+            return tuple(_sum(mine, gained) for gained, mine in zip(arrived, share, strict=True))
+        part = slice(None), slice(None), slice_of(rows), ...
+        return tuple(add(whole, part, gained) for gained, whole in zip(arrived, share, strict=True))
+
+    def _carried(self) -> list[Array]:
+        return [x for name, x in (("k", self.forward.k), ("v", self.forward.v)) if name in self.wanted]
+
+
+class Sum:
+    """The sum of a gradient's parts, each of some of its rows.
+
+    One part of all rows is taken as it is, also in a half type. The last part is added when the sum is taken: two in a
+    half type are then rounded once, as their sum in the accumulation dtype would be.
+    """
+
+    def __init__(self, like: Array) -> None:
+        self._like = like
+        self._total: Array | None = None
+        self._last: tuple[tuple[Any, ...], Array] | None = None
+
+    def settle(self) -> None:
+        """Add what was kept for the last, which it is not."""
+        if self._last is not None:
+            self._total = add(_widened(self._started()), *self._last)
+            self._last = None
+
+    def add(self, index: tuple[Any, ...], part: Array) -> None:
+        """One part more, of the rows at ``index``."""
+        self.settle()
+        if self._total is None and part.shape == self._like.shape:
+            self._total = part
+        else:
+            self._last = index, part
+
+    def take(self) -> Array:
+        """The sum, in the dtype of its parts if they are two at most, else in the accumulation dtype."""
+        if self._last is None:
+            return self._started()
+        total, (_, part) = self._started(), self._last
+        return add(total if total.dtype == part.dtype else _widened(total), *self._last)
+
+    def _started(self) -> Array:
+        return _zeros(self._like) if self._total is None else self._total
+
+
+def _block_spec(x: Array, dtype: Any, lengths: Sequence[int], move: Move) -> Spec:
+    height = lengths[move.block] if move.rows is None else len(move.rows)
+    return Spec((*x.shape[:2], height, x.shape[3]), x, dtype)
+
+
+def _covers(x: Array, tile: Tile) -> bool:
+    wanted = tile.batch, tile.q_heads, tile.rows
+    return all(range(length)[part] == range(length) for length, part in zip(x.shape[:3], wanted, strict=True))
+
+
+def _terms(bias: Array | None, mask: Array | None, tile: Tile) -> dict[str, Array | None]:
+    terms = {"bias": bias, "mask": mask}
+    return {name: None if term is None else term[term_index(term, tile)] for name, term in terms.items()}
+
+
+def _delta(dout: Array, out: Array, dlse: Array | None) -> Array:
+    """rowsum(dout * out) - dlse [B, H, S], in the accumulation dtype."""
+    xp, dtype = namespace(out), accumulation_dtype(out)
+    delta = xp.sum(xp.astype(out, dtype, copy=False) * xp.astype(dout, dtype), axis=-1)
+    return delta if dlse is None else delta - xp.astype(dlse, dtype)
+
+
+def _zeros(x: Array) -> Array:
+    xp = namespace(x)
+    return xp.zeros(x.shape, dtype=accumulation_dtype(x), device=array_api_compat.device(x))
+
+
+def _widened(x: Array) -> Array:
+    return namespace(x).astype(x, accumulation_dtype(x), copy=False)
+
+
+def _sum(first: Array, second: Array) -> Array:
+    first += second
+    return first
