@@ -136,10 +136,14 @@ class Circle:
 
     def _look_after(self, peer: int, late: bool) -> None:
         """Raise if it is too late for the peer's note, if the peer is gone, or if a rank failed."""
-        gone = self._mailbox is not None and not self._mailbox.lives(peer)
-        if late or gone or self.heard() is not None:
-            cause = RuntimeError(f"the process of rank {peer} has ended" if gone else "no note came")
-            self._fail(cause, f"rank {peer} to take part in the call", late=late)
+        why = "no note came" if late or self.heard() is not None else ""
+        if self._mailbox is not None:
+            if stopped := self._mailbox.stopped():
+                why = f"rank {stopped[0]} failed"
+            elif not self._mailbox.lives(peer):
+                why = f"the process of rank {peer} has ended"
+        if why:
+            self._fail(RuntimeError(why), f"rank {peer} to take part in the call", late=late)
 
     def end(self, error: BaseException) -> None:
         """As `abort`, from a thread beside the calls: the next call raises the error."""

@@ -44,13 +44,18 @@ class Mailbox:
         _HEADER.pack_into(self._memory, start, self._count, self._sum(mine))
         peers = range(len(self._processes))
         notes = [mine if peer == self._rank else self._wait(peer, deadline, check) for peer in peers]
-        if any(flags := self._memory[-len(peers) :]):  # who left its note may have stopped waiting for this one
-            check(next(peer for peer in peers if flags[peer]), False)
+        if stopped := self.stopped():  # who left its note may have stopped waiting for this one
+            check(stopped[0], False)
         return notes
 
     def stop(self) -> None:
         """Tell every peer that this rank waits no more."""
         self._memory[self._rank - len(self._processes)] = 1
+
+    def stopped(self) -> list[int]:
+        """The ranks that wait no more."""
+        flags = self._memory[-len(self._processes) :]
+        return [peer for peer, flag in enumerate(flags) if flag]
 
     def lives(self, peer: int) -> bool:
         """Whether the peer's process is there, and has not ended."""

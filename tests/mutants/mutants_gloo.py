@@ -106,8 +106,8 @@ MUTANTS = (
     Mutant(
         "the note of a rank that stopped waiting taken",
         "adapters/ringcore_torch/mailbox.py",
-        "if any(flags := self._memory[-len(peers) :]):",
-        "if not any(flags := self._memory[-len(peers) :]) and not peers:",
+        "if stopped := self.stopped():  # who",
+        "if not (stopped := [0]):  # who",
         "tests/torch_adapter/test_mailbox.py",
         "stopped_is_none",
     ),
