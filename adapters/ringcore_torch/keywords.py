@@ -6,7 +6,7 @@ import json
 import uuid
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,8 +18,11 @@ _GROUP = "process group"
 _KEPT = 256  # calls that are remembered
 # What calls over a group found out. Calls themselves would keep their group, which ends with the last that holds it.
 _known_of_group: WeakKeyDictionary[Any, dict[Any, dict[Any, Any]]] = WeakKeyDictionary()
-_objects: dict[str, Any] = {}
+# Objects that were given as ring or kernels, and what calls over such a ring found out: as long as they live.
+_objects: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_known_of_object: dict[str, dict[Any, dict[Any, Any]]] = {}
 _names: dict[int, str] = {}
+_for_ever: dict[str, Any] = {}  # of which nothing tells when they end
 
 
 def text_of(*, ring: Any, **keywords: Any) -> str:
@@ -42,13 +45,30 @@ def call_of(name: str, text: str, **changed: Any) -> Call:
     gradients of, so that ranks that differ in it hear so before they wait for a gradient that never comes.
     """
     key = name, text, tuple(changed.items())
-    if f'"ring": {{"{_GROUP}": ' not in text:
+    ring = _ring_of(text)
+    if ring is None:
         return _kept_call(*key)
-    group = _found(json.loads(text)["ring"])
-    known = _known_of_group.setdefault(group, {})
+    if _GROUP in ring:
+        known = _known_of_group.setdefault(_found(ring), {})
+    else:
+        known = _known_of_object.setdefault(ring["object"], {})
     if len(known) >= _KEPT:
         known.clear()
     return _call(*key, known.setdefault(key, {}))
+
+
+def objects_of(text: str) -> list[Any]:
+    """The objects of the caller's own that the keywords name: kept by whoever will call again with this text."""
+    if '"object": ' not in text:
+        return []
+    return [_found(x) for x in json.loads(text).values() if isinstance(x, dict) and "object" in x]
+
+
+@lru_cache(maxsize=_KEPT)
+def _ring_of(text: str) -> dict[str, Any] | None:
+    """What stands for the ring in the text."""
+    ring: dict[str, Any] | None = json.loads(text)["ring"]
+    return ring
 
 
 @lru_cache(maxsize=_KEPT)
@@ -81,8 +101,18 @@ def _kept(x: Any) -> Any:
     name = _names.get(id(x))
     if name is None:
         name = _names[id(x)] = f"{type(x).__name__} {uuid.uuid4().hex}"
-        _objects[name] = x  # kept for ever: so that no other object gets its id
+        try:
+            finalize(x, _forget, id(x), name).atexit = False
+        except TypeError:
+            _for_ever[name] = x  # so that no other object gets its id
+        else:
+            _objects[name] = x
     return {"object": name}
+
+
+def _forget(number: int, name: str) -> None:
+    del _names[number]
+    _known_of_object.pop(name, None)
 
 
 def _found(x: dict[str, Any]) -> Any:
@@ -91,10 +121,11 @@ def _found(x: dict[str, Any]) -> Any:
     if "layout" in x and "name" in x:
         return Layout(tuple(tuple(range(*r) for r in shard) for shard in x["layout"]), x["name"])
     if "object" in x:
-        if x["object"] not in _objects:
+        found = _objects.get(x["object"], _for_ever.get(x["object"]))
+        if found is None:
             raise KeywordError(
-                f"{x['object']!r} belongs to another process: a graph compiled with an object of your own as ring or "
-                "kernels cannot be stored. Compile it in this process."
+                f"{x['object']!r} is gone, or belongs to another process: a graph compiled with an object of your own "
+                "as ring or kernels cannot be stored. Keep the object, and compile in this process."
             )
-        return _objects[x["object"]]
+        return found
     return x

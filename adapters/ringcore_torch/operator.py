@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ringcore import Result, UnsupportedError, check_output_gradients
-from ringcore_torch.keywords import call_of, text_of
+from ringcore_torch.keywords import call_of, objects_of, text_of
 from ringcore_torch.partials import finished_lse
 
 _INPUTS = ("q", "k", "v", "bias")
@@ -124,7 +124,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     *tensors, keywords = inputs
     out, _, maximum, total = output
     ctx.save_for_backward(*tensors, out, maximum, total)
-    ctx.keywords = keywords
+    ctx.keywords, ctx.kept = keywords, objects_of(keywords)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(maximum, total)
 

@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -226,4 +227,20 @@ def test_another_thread_between_two_steps_of_a_call(world, alone):
     with pytest.raises((TransportError, PeerError), match="One call at a time"):
         transport.gather(b"")
     del pending
+    dist.barrier()
+
+
+def test_a_ring_lives_until_its_gradients_were_made_and_no_longer(world):
+    ring = TorchTransport(world)
+    gone = weakref.ref(ring)
+    x = torch.ones(1, 1, 4, 2, requires_grad=True)
+    out = ringcore.ring_attention(x, x, x, ring=ring)
+    del ring
+    gc.collect()
+    assert gone() is not None
+    out.sum().backward()
+    assert x.grad is not None
+    del out
+    gc.collect()
+    assert gone() is None
     dist.barrier()

@@ -1,6 +1,8 @@
 """Rings of GPUs by both carriers: exact, also where calls queue up or are replayed, and what they refuse."""
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -208,4 +210,7 @@ def test_a_ring_that_was_dropped_and_made_again(world):
     for _ in range(3):
         ring = TorchTransport(world, carrier="nccl")
         check(ring, run(ring, shards(draw(16), "zigzag", ring), "zigzag"), draw(16), "zigzag")
+        gone = weakref.ref(ring)
         del ring
+        gc.collect()
+        assert gone() is None
