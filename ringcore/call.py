@@ -25,11 +25,12 @@ from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.protocols import Kernels
 from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
 from ringcore.values import Array, namespace
-from ringcore.work import BackwardWork, ForwardWork
+from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 
 Further = TypeVar("Further")
 
 _KEPT = 64  # signatures that a call remembers
+_TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
 GRADIENTS = ("q", "k", "v", "bias")
 
 
@@ -83,8 +84,8 @@ class Call:
                 transport.check(arguments.q, arguments.k, arguments.v)
             if known.common is None:
                 wanted = sorted(self.wrt) if self.gradient else None
-                fused = known.kernels.capabilities.fused if self.gradient else None  # it decides how gradients travel
-                known.common = common_of(self.name, arguments, wrt=wanted, **{"whether kernels are fused": fused})
+                narrow = self.gradient and travels_narrow(arguments.k, known.kernels, transport.size)
+                known.common = common_of(self.name, arguments, wrt=wanted, **{_TRAVEL: narrow})
             return (arguments, known), Note(known.common, (arguments.q.shape[2], arguments.k.shape[2]))
 
         if getattr(transport, "capturing", bool)():
@@ -99,6 +100,8 @@ class Call:
             (agreed,) = known.agreed.values()
         else:
             (arguments, known), agreed = agree(transport, check)
+            if len(known.agreed) >= _KEPT:
+                known.agreed.clear()
             known.agreed[agreed.q_lengths, agreed.k_lengths] = agreed
         session = ProcessSession(transport, arguments, agreed)
         with session.guarded():

@@ -70,6 +70,8 @@ def _tried(kernels: Kernels, like: Array, width: int, asked: frozenset[str]) -> 
             found |= _gradients(kernels, (dout, q, k, v), due, keywords, "bias_gradient" in asked)
         errors = {name: _distance(*pair) for name, pair in found.items()}
     except Exception as error:  # whatever it is, other kernels may do better
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise  # it says nothing of the kernels
         return f"they failed on a small tile ({type(error).__name__}: {error})"
     wrong = [f"{name} is off by {size:.1e}" for name, size in errors.items() if not size <= _TOLERANCE[dtype_name(q)]]
     return f"their results on a small tile are wrong ({', '.join(wrong)}; relative)" if wrong else None

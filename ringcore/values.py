@@ -218,7 +218,8 @@ class Capabilities:
     gradients include that of a bias.
     fused: they know one tile alone. Forward returns its own partial, from out and lse; backward is given ``out``,
     ``lse`` and ``dlse`` of the finished rows, and returns its own gradients. ringcore adds both up. Before their
-    first use on a device they are held against the reference kernels.
+    first use on a device they are held against the reference kernels. half_gradients: the gradients that they return
+    are of the inputs' dtype, so that nothing is lost where one travels so.
     bands: "any", or into what a tile is cut for them. "windows": no row or column meets nothing, and it is no taller
     than wide, so that a window can be aligned in the lower right corner. "triangles": no band, or causal from the
     upper left corner. "squares": that on as many rows as columns. What is neither comes in strips of ``strip`` rows
@@ -239,6 +240,7 @@ class Capabilities:
     gradient: bool = True
     bias_gradient: bool = True
     fused: bool = False
+    half_gradients: bool = False
     bands: str = "any"
     strip: int = 256
     preference: int = 0

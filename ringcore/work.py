@@ -177,8 +177,9 @@ class BackwardWork:
             for name, index, part in (("q", rows, gained.dq), ("k", keys, gained.dk), ("v", keys, gained.dv)):
                 if name in self.wanted:
                     sums[name].add(index, part)
-        share = tuple(sums[name].take() for name in ("k", "v") if name in self.wanted)
-        if k is self.forward.k and len(self.forward.lengths) <= 2:  # one other share at most is added to it
+        ranks = len(self.forward.lengths)
+        share = tuple(sums[name].take(last=ranks == 1) for name in ("k", "v") if name in self.wanted)
+        if k is self.forward.k and ranks <= 2:  # one other share at most is added to it
             return share
         return tuple(
             namespace(x).astype(x, self._carried_dtype(like), copy=False)
@@ -186,11 +187,8 @@ class BackwardWork:
         )
 
     def _carried_dtype(self, x: Array) -> Any:
-        """The dtype in which a gradient of x travels.
-
-        Where two ranks share in it, it is one kernel's result and is added once: it may stay in a half type.
-        """
-        return x.dtype if self.forward.fused and len(self.forward.lengths) == 2 else accumulation_dtype(x)
+        narrow = travels_narrow(x, self.forward.kernels, len(self.forward.lengths))
+        return x.dtype if narrow else accumulation_dtype(x)
 
     def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients) -> Gradients:
         forward = self.forward
@@ -216,6 +214,14 @@ class BackwardWork:
 
     def _carried(self) -> list[Array]:
         return [x for name, x in (("k", self.forward.k), ("v", self.forward.v)) if name in self.wanted]
+
+
+def travels_narrow(x: Array, kernels: Kernels, ranks: int) -> bool:
+    """Whether a gradient of x stays in x's half type on its way home.
+
+    Where two ranks share in it, what one kernel returned so is added once.
+    """
+    return ranks == 2 and kernels.capabilities.half_gradients and x.dtype != accumulation_dtype(x)
 
 
 class Sum:
@@ -244,12 +250,15 @@ class Sum:
         else:
             self._last = index, part
 
-    def take(self) -> Array:
-        """The sum, in the dtype of its parts if they are two at most, else in the accumulation dtype."""
+    def take(self, last: bool = True) -> Array:
+        """The sum, in the dtype of its parts if they are two at most, else in the accumulation dtype.
+
+        last: nothing is added to it any more. Else it is in a half type only if it is one part.
+        """
         if self._last is None:
             return self._started()
         total, (_, part) = self._started(), self._last
-        return add(total if total.dtype == part.dtype else _widened(total), *self._last)
+        return add(total if last and total.dtype == part.dtype else _widened(total), *self._last)
 
     def _started(self) -> Array:
         return _zeros(self._like) if self._total is None else self._total

@@ -63,9 +63,17 @@ def test_nothing_is_zero():
 @pytest.mark.parametrize(("size", "wide"), [(1, False), (2, False), (3, True), (8, True)])
 def test_shares_of_many_ranks_travel_in_the_accumulation_dtype(size, wide):
     (x,) = draw(1)
-    kernels = SimpleNamespace(capabilities=Capabilities("fused", fused=True))
+    kernels = SimpleNamespace(capabilities=Capabilities("fused", fused=True, half_gradients=True))
     forward = ForwardWork(x, x, x, None, None, score=Score(1.0), kernels=kernels, lengths=[9] * size)
     statistics = np.zeros(x.shape[:3], np.float32)
     backward = BackwardWork(forward, x, None, x, x, statistics, statistics, wanted=frozenset("qkv"))
     dtypes = {np.dtype(spec.dtype) for spec in backward.carried_specs(Move(0, 0))}
     assert dtypes == {np.dtype(np.float32 if wide or size == 1 else DTYPE)}
+
+
+def test_a_sum_to_which_more_is_added_is_not_rounded_before():
+    first, second = draw(2)
+    total = Sum(first)
+    total.add(ALL, first.copy())
+    total.add(ROWS, second[ROWS])
+    assert total.take(last=False).dtype == np.float32

@@ -30,7 +30,7 @@ class CudnnFrontend:
         self._arrays, self._engine = arrays, Engine()
         self.capabilities = Capabilities(
             name, dtypes=HALF, libraries=frozenset({library}), devices=devices, bias=False, softcap=False,
-            bias_gradient=False, fused=True, bands="windows", preference=15, poison_rows=False,
+            bias_gradient=False, fused=True, half_gradients=True, bands="windows", preference=15, poison_rows=False,
             largest_head=largest_head, head_multiple=_ALIGNED,
         )  # fmt: skip
 

@@ -17,8 +17,8 @@ class Flash4:
 
     capabilities = Capabilities(
         "torch.cuda.flash4", dtypes=frozenset({"float16", "bfloat16"}), libraries=frozenset({"torch"}),
-        devices=frozenset({"cuda"}), bias=False, mask=False, fused=True, bands="windows", preference=30,
-        poison_rows=False, largest_head=256, head_multiple=8,
+        devices=frozenset({"cuda"}), bias=False, mask=False, fused=True, half_gradients=True, bands="windows",
+        preference=30, poison_rows=False, largest_head=256, head_multiple=8,
     )  # fmt: skip
 
     def capturing(self) -> bool:

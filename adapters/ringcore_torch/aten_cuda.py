@@ -64,8 +64,8 @@ class Cudnn(AtenKernels):
 
     capabilities = Capabilities(
         "torch.cuda.cudnn", dtypes=_HALF, libraries=frozenset({"torch"}), devices=frozenset({"cuda"}),
-        bias=False, mask=False, softcap=False, window=False, fused=True, bands="squares", preference=20,
-        poison_rows=False, largest_head=128, head_multiple=_ALIGNED, equal_heads=True,
+        bias=False, mask=False, softcap=False, window=False, fused=True, half_gradients=True, bands="squares",
+        preference=20, poison_rows=False, largest_head=128, head_multiple=_ALIGNED, equal_heads=True,
     )  # fmt: skip
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class Flash2(AtenKernels):
 
     capabilities = Capabilities(
         "torch.cuda.flash2", dtypes=_HALF, libraries=frozenset({"torch"}), devices=frozenset({"cuda"}),
-        bias=False, mask=False, softcap=False, fused=True, bands="windows", preference=10,
+        bias=False, mask=False, softcap=False, fused=True, half_gradients=True, bands="windows", preference=10,
         poison_rows=False, largest_head=256 - _COLUMN, head_multiple=_ALIGNED, equal_heads=True,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ How blocks move is not decided here; gloo carries the notes whatever carries the
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -20,6 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from ringcore import KeywordError, PeerError, RingTimeout, TransportError
 from ringcore_torch.mailbox import Mailbox, open_mailbox
+
+_log = logging.getLogger(__name__)  # for what no later call may be there to raise
 
 _NOTE_TAG = 0
 _NEVER_SENT_TAG = 1
@@ -149,6 +152,7 @@ class Circle:
         """As `abort`, from a thread beside the calls: the next call raises the error."""
         if self.stopped is None:
             self._untold = error
+            _log.error("the ring of rank %d ended, and what was under way is not to be used: %s", self.rank, error)
             self.abort(error)
 
     def heard(self, patience: float = 0.0) -> PeerError | None:

@@ -6,6 +6,7 @@ as long. Here it polls, for as long as a peer that makes the same call may take,
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import secrets
@@ -102,15 +103,18 @@ def open_mailbox(gather: Gather, rank: int, size: int, room: int) -> Mailbox | N
     memory, path, token = None, None, secrets.token_bytes(16)
     if rank == 0:
         memory, path = _created(length, token)
-    told = gather(b"\n".join([str(os.getpid()).encode(), token.hex().encode(), str(path or "").encode()]))
-    processes = tuple(int(note.split(b"\n")[0]) for note in told)
-    _, token, place = told[0].split(b"\n", 2)
-    if rank > 0 and place:
-        memory = _opened(place.decode(), length, bytes.fromhex(token.decode()))
-    able = memory is not None and all(map(_lives, processes))
-    everyone = all(answer == b"yes" for answer in gather(b"yes" if able else b"no"))
-    if path is not None:
-        Path(path).unlink(missing_ok=True)
+    try:
+        mine = {"process": os.getpid(), "space": _space(), "token": token.hex(), "path": path}
+        told = [json.loads(note) for note in gather(json.dumps(mine).encode())]
+        if rank > 0 and told[0]["path"]:
+            memory = _opened(told[0]["path"], length, bytes.fromhex(told[0]["token"]))
+        processes = tuple(note["process"] for note in told)
+        together = len({note["space"] for note in told}) == 1  # else a number names another process there
+        able = memory is not None and together and all(map(_lives, processes))
+        everyone = all(answer == b"yes" for answer in gather(b"yes" if able else b"no"))
+    finally:
+        if path is not None:
+            Path(path).unlink(missing_ok=True)
     return Mailbox(memory, rank, processes, room) if everyone and memory is not None else None
 
 
@@ -122,15 +126,18 @@ def _created(length: int, token: bytes) -> tuple[mmap.mmap | None, str | None]:
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else None  # memory, where the temporary folder may be a disk
     try:
         file, path = tempfile.mkstemp(prefix="ringcore-", dir=folder)
-        try:
-            os.write(
-                file, b"\0" * length + token
-            )  # not truncated: too little room is an error here, not a signal later
-            return mmap.mmap(file, length), path
-        finally:
-            os.close(file)
     except OSError:
         return None, None
+    try:
+        # Written, not truncated: too little room shows here, by a short write or an error, not as a signal later.
+        if os.write(file, b"\0" * length + token) == length + len(token):
+            return mmap.mmap(file, length), path
+    except OSError:
+        pass
+    finally:
+        os.close(file)
+    Path(path).unlink(missing_ok=True)
+    return None, None
 
 
 def _opened(path: str, length: int, token: bytes) -> mmap.mmap | None:
@@ -141,6 +148,14 @@ def _opened(path: str, length: int, token: bytes) -> mmap.mmap | None:
             return mmap.mmap(file.fileno(), length) if file.read() == token else None
     except OSError:
         return None
+
+
+def _space() -> str:
+    """What numbers this process: two containers may number theirs alike."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _lives(process: int) -> bool:

@@ -138,14 +138,14 @@ class NcclChannel:
 
 
 def _shake_hands(circle: Circle, channel: NcclChannel, device: torch.device) -> None:
-    """Let each rank meet its neighbours.
+    """Let each rank meet all others: what goes home comes from ranks that are no neighbours.
 
     NCCL connects two ranks at their first message, for which the host waits for the other one, and which a capture
     could not hold. Here all ranks do it at once.
     """
-    after, before = (circle.rank + 1) % circle.size, (circle.rank - 1) % circle.size
-    mine, theirs = (torch.zeros(1, device=device) for _ in range(2))
-    channel.order(channel.post([(after, mine)], [(before, theirs)], [channel.ready()]))
+    peers = [(circle.rank + hop) % circle.size for hop in range(1, circle.size)]
+    mine, theirs = ([(peer, torch.zeros(1, device=device)) for peer in peers] for _ in range(2))
+    channel.order(channel.post(mine, theirs, [channel.ready()]))
 
 
 def _made(circle: Circle, device: torch.device, begun: threading.Event) -> tuple[NcclChannel, NcclChannel]:

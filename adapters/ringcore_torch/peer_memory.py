@@ -73,7 +73,7 @@ class PeerMemory:
         self._visiting: Region | None = None
         self._carried: Region | None = None
         self._used: set[Any] = set()
-        self._outgrown: list[Region | None] = []
+        self._outgrown: list[Region] = []
         self._specs: Mapping[int, Sequence[Spec]] = {}
         self._slot = 0  # bytes of one slot for accumulators
         self._sent = self._received = 0
@@ -189,7 +189,9 @@ class PeerMemory:
     def _grown(self, region: Region | None, size: int) -> Region:
         if region is not None and region.size >= size:
             return region
-        self._outgrown.append(region)  # a peer may be reading there, a captured graph may do so again
+        if region is not None:
+            self._outgrown.append(region)  # a peer may be reading there, a captured graph may do so again
+            size = max(size, region.size * 3 // 2)  # so that all that were outgrown are no more than twice the last
         if torch.cuda.is_current_stream_capturing():
             raise TransportError(
                 "a call over GPUs' memory was captured before it ever ran, but making that memory is no work of a "

@@ -40,13 +40,22 @@ def choose_carrier(circle: Circle, device: torch.device, asked: str | None) -> s
     }
     notes = _gathered(circle, mine)
     visible = {str(torch.cuda.get_device_properties(n).uuid): n for n in range(torch.cuda.device_count())}
-    peers = [visible[note["gpu"]] for note in notes if note["gpu"] in visible]
-    far = [n for n in peers if n != device.index and not torch.cuda.can_device_access_peer(device.index, n)]
+    far = [
+        rank for rank, note in enumerate(notes)
+        if rank != circle.rank and not _reaches(device, visible.get(note["gpu"]), asked)
+    ]  # fmt: skip
     return decide(notes, _gathered(circle, far))
 
 
+def _reaches(device: torch.device, peer: int | None, asked: str | None) -> bool:
+    """Whether the device reaches that GPU; of one that this process does not see only its user can know."""
+    if peer is None:
+        return asked == PEER_MEMORY
+    return bool(peer == device.index or torch.cuda.can_device_access_peer(device.index, peer))
+
+
 def decide(notes: list[dict[str, Any]], far: list[list[int]]) -> str:
-    """The carrier for ranks of these notes; ``far`` lists the GPUs that each cannot reach."""
+    """The carrier for ranks of these notes; ``far`` lists the ranks whose GPUs each is not known to reach."""
     asked = [note["asked"] for note in notes]
     if len(set(asked)) > 1:
         raise KeywordError(f"the ranks ask for different carriers: {asked}. Every rank must make the same ring.")
@@ -61,7 +70,7 @@ def decide(notes: list[dict[str, Any]], far: list[list[int]]) -> str:
     if len({note["machine"] for note in notes}) > 1:
         apart = "they are on several machines"
     elif any(far):
-        apart = f"the GPUs that each rank cannot reach are {far}"
+        apart = f"the ranks whose GPUs each rank does not reach, or not see, are {far}"
     lacking = [rank for rank, note in enumerate(notes) if not note["nccl"]]
     if asked[0] != NCCL and not apart:
         return PEER_MEMORY

@@ -38,7 +38,7 @@ def test_the_first_that_can_or_the_one_asked_for(asked, changed, far, chosen):
     ("asked", "changed", "far", "error", "words"),
     [
         ("peer_memory", ({}, {"machine": "two"}), NEAR, UnsupportedError, "several machines.*carrier='peer_memory'"),
-        ("peer_memory", ({}, {}), [[1], []], UnsupportedError, r"cannot reach are \[\[1\], \[\]\]"),
+        ("peer_memory", ({}, {}), [[1], []], UnsupportedError, r"does not reach, or not see, are \[\[1\], \[\]\]"),
         ("nccl", ({}, {"nccl": False}), NEAR, UnsupportedError, r"without NCCL on the ranks \[1\]"),
         (None, ({"nccl": False}, {"machine": "two"}), NEAR, UnsupportedError, r"several machines.*the ranks \[0\]"),
         (None, ({}, {"asked": "nccl"}), NEAR, KeywordError, r"different carriers: \[None, 'nccl'\]"),

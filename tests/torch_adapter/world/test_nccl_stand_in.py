@@ -140,13 +140,14 @@ def test_gradients_are_those_of_dense_attention(ring, layout):
         torch.testing.assert_close(came, ringcore.shard(x, layout, ring.rank, ring.size))
 
 
-def test_a_step_is_one_group_and_neighbours_have_met_before(ring):
+def test_a_step_is_one_group_and_all_have_met_before(ring):
     block = torch.ones(1, 1, 4 * ring.size, 2)
     parts = [ringcore.shard(block, "contiguous", ring.rank, ring.size)] * 3
     ringcore.ring_attention(*parts, ring=ring)
     after, before = (ring.rank + 1) % ring.size, (ring.rank - 1) % ring.size
     visiting, carried = (one.groups for one in StandIn.made)
-    assert carried == [[("send", after, 1), ("receive", before, 1)]]
+    peers = [(ring.rank + hop) % ring.size for hop in range(1, ring.size)]
+    assert carried == [[*(("send", peer, 1) for peer in peers), *(("receive", peer, 1) for peer in peers)]]
     step = [("send", after, 8)] * 2 + [("receive", before, 8)] * 2
     assert visiting == [*carried, *[step] * (ring.size - 1)]
     assert ring.messages_sent == 2 * (ring.size - 1)
