@@ -221,6 +221,15 @@ def test_an_interrupted_call_leaves_nothing(ringcore, monkeypatch, tmp_path, err
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.fixture
+def _heard():
+    """Programs that are started here hear Ctrl-C, which a shell makes its background jobs ignore, children and all."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_computing(tmp_path, sent, status):
     q, k, v = qkv(rows=30000, keys=30000, batch=1, heads=8, key_heads=1, width=64, values=64)
