@@ -15,7 +15,7 @@ from typing import Any
 
 from ringcore.arrays import slice_of
 from ringcore.layout import Layout
-from ringcore.values import NOTHING, Band, Move, Plan, Step, Tile
+from ringcore.values import NOTHING, Band, Move, Plan, Step, Tile, span
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ def ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tu
         return tiles_between(q_layout.shards[resident], k_layout.shards[visitor], visibility)
 
     def rows(visitor: int) -> range | None:
-        guests = (tiles(resident, visitor) for resident in range(q_layout.size) if resident != visitor)
-        columns = [tile.columns for these in guests for tile in these]
-        seen = range(min((c.start for c in columns), default=0), max((c.stop for c in columns), default=0))
+        guests = (resident for resident in range(q_layout.size) if resident != visitor)
+        seen = span(tile for guest in guests for tile in tiles(guest, visitor))
         return None if len(seen) in (0, k_layout.lengths[visitor]) else seen
 
     return rotation(q_layout.size, tiles, [rows(visitor) for visitor in range(q_layout.size)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -177,8 +177,14 @@ class Plan:
 
     def seen(self, block: int) -> slice:
         """The rows of a visiting block from the first to the last that a tile of this rank reads."""
-        columns = [tile.columns for step in self.steps if step.block == block for tile in step.tiles]
-        return slice(min((c.start for c in columns), default=0), max((c.stop for c in columns), default=0))
+        rows = span(tile for step in self.steps if step.block == block for tile in step.tiles)
+        return slice(rows.start, rows.stop)
+
+
+def span(tiles: Iterable[Tile]) -> range:
+    """The rows of a visiting block from the first to the last that these tiles read."""
+    columns = [tile.columns for tile in tiles]
+    return range(min((c.start for c in columns), default=0), max((c.stop for c in columns), default=0))
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,8 @@ def call_of(name: str, text: str, **changed: Any) -> Call:
     ring = _ring_of(text)
     if ring is None:
         return _kept_call(*key)
-    if _GROUP in ring:
-        known = _known_of_group.setdefault(_found(ring), {})
-    else:
-        known = _known_of_object.setdefault(ring["object"], {})
+    found = _found(ring)  # which is an error if it is gone: then nothing must be noted of it
+    known = _known_of_group.setdefault(found, {}) if _GROUP in ring else _known_of_object.setdefault(ring["object"], {})
     if len(known) >= _KEPT:
         known.clear()
     return _call(*key, known.setdefault(key, {}))

@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from counting import CountingWork, Rows, check_loops
@@ -11,9 +12,10 @@ from lockstep import check_exchanges
 from pairs import computed, shown
 
 import ringcore
+from ringcore.exchange import InPlace
 from ringcore.ring import ring
 from ringcore.schedule import ring_plans
-from ringcore.values import Begin
+from ringcore.values import Begin, Move
 
 SIZES = range(1, 9)
 
@@ -156,3 +158,26 @@ def test_plans_of_equal_batch_entries_share_their_tiles():
     seen = visibility(keys=12, causal=True, offsets=(0, 0, 5, 0))
     for plan in ring_plans(layout, layout, seen):
         assert {(tile.batch.start, tile.batch.stop) for tile in plan.tiles} <= {(0, 2), (2, 3), (3, 4)}
+
+
+def test_no_rows_are_fetched_but_those_that_are_read():
+    layout = ringcore.zigzag(16, 2)
+    _, plan = ring_plans(layout, layout, visibility(keys=16, causal=True))
+
+    class Recording:
+        rank, size, node, sharers = 1, 2, 0, 1
+
+        def reaches(self, reader, owner):
+            return True
+
+        def fetch(self, owner, rows, seen):
+            return owner, rows, seen
+
+        def exchange(self, kind, sends, receives):
+            assert not sends
+            assert not receives
+            return SimpleNamespace(wait=dict)
+
+    move = Move(0, 0)
+    fetched = InPlace(Recording(), plan).exchange("visiting", [(Move(0, 1), ())], [(move, ())]).wait()
+    assert fetched == {move: (0, None, slice(0, 4))}
