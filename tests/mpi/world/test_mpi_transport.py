@@ -11,10 +11,20 @@ import ringcore
 from ringcore import Move, OneSided, PeerError, RingTimeout, Spec, TransportError
 from ringcore_mpi import MpiTransport, adapt
 
+PATIENCE = 20  # seconds
+
 
 @pytest.fixture
 def comm(group):
     return group(MPI.COMM_WORLD.size)
+
+
+def entered(comm, timeout=PATIENCE, **how):
+    """A ring that all ranks have entered: else the news of a failure may meet a rank that still makes its own."""
+    ring = MpiTransport(comm, timeout=PATIENCE, **how)
+    ring._line.timeout = timeout  # for the calls; to make a ring may take longer
+    comm.Barrier()
+    return ring
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -85,7 +95,7 @@ def test_communicators_that_are_no_ring(comm):
 
 @pytest.mark.parametrize("absent", ["gather", "exchange", "publish"])
 def test_a_peer_that_does_not_come_is_a_timeout_and_then_an_end(comm, absent):
-    transport = MpiTransport(comm, timeout=0.3)
+    transport = entered(comm, timeout=0.3)
     if comm.size == 1:
         return
     x = np.ones((1, 1, 100_000, 2))
@@ -111,7 +121,7 @@ def test_a_peer_that_does_not_come_is_a_timeout_and_then_an_end(comm, absent):
 
 
 def test_an_abort_reaches_every_peer_with_its_reason(comm):
-    transport = MpiTransport(comm)
+    transport = entered(comm)
     if comm.size == 1:
         return
     last = comm.size - 1
@@ -141,7 +151,7 @@ def test_ranks_that_are_out_of_step_hear_of_it(comm):
 
 
 def test_one_call_at_a_time(comm):
-    transport = MpiTransport(comm, timeout=10)
+    transport = entered(comm)
     if comm.size == 1:
         return
     if comm.rank == 0:
@@ -168,7 +178,7 @@ def test_one_call_at_a_time(comm):
 
 
 def test_another_thread_between_two_steps_of_a_call(comm):
-    transport = MpiTransport(comm, timeout=10, shared=False)
+    transport = entered(comm, shared=False)
     if comm.size == 1:
         return
     x = np.ones((1, 1, 100_000, 2))

@@ -31,6 +31,14 @@ def before_the_deadline():
     assert time.monotonic() - start < PATIENCE / 2, "it was heard at the deadline only"
 
 
+def entered(world, timeout=PATIENCE):
+    """A ring that all ranks have entered: else the news of a failure may meet a rank that still makes its own."""
+    ring = TorchTransport(world, timeout=PATIENCE)
+    ring._circle.timeout = timeout  # for the calls; to make a ring may take longer
+    dist.barrier()
+    return ring
+
+
 @pytest.fixture
 def alone():
     """Skips what needs a peer."""
@@ -106,10 +114,10 @@ def test_what_is_no_ring(world):
 
 @pytest.mark.parametrize("absent", ["gather", "exchange"])
 def test_a_peer_that_does_not_come_is_a_timeout_and_then_an_end(world, alone, absent):
-    transport = TorchTransport(world, timeout=0.3)
+    transport = entered(world, timeout=0.3)
     rank = transport.rank
     if rank == 0:
-        time.sleep(0.6)  # and never makes the call
+        assert transport._circle.heard(PATIENCE)  # and never makes the call
         with pytest.raises(PeerError, match="RingTimeout"):
             transport.gather(b"")
     else:
@@ -128,7 +136,7 @@ def test_a_peer_that_does_not_come_is_a_timeout_and_then_an_end(world, alone, ab
 
 
 def test_an_abort_reaches_every_peer_with_its_reason(world, alone):
-    transport = TorchTransport(world, timeout=PATIENCE)
+    transport = entered(world)
     last = transport.size - 1
     if transport.rank == last:
         time.sleep(0.05)
@@ -144,7 +152,7 @@ def test_an_abort_reaches_every_peer_with_its_reason(world, alone):
 
 
 def test_an_abort_ends_what_is_under_way(world, alone):
-    transport = TorchTransport(world, timeout=PATIENCE)
+    transport = entered(world)
     if transport.rank == 0:
         pending = transport.exchange("visiting", [], [(Move(1, 1), SPEC)])  # held while its ring is closed
         transport.abort(ValueError("the disk is full"))
@@ -160,7 +168,7 @@ def test_an_interrupt_while_notes_are_exchanged_reaches_every_peer(world, alone,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    transport = TorchTransport(world, timeout=PATIENCE)
+    transport = entered(world)
     if transport.rank == 0:
         monkeypatch.setattr(transport._circle, "_first", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -173,15 +181,14 @@ def test_an_interrupt_while_notes_are_exchanged_reaches_every_peer(world, alone,
 
 
 def test_a_new_ring_after_a_failure(world, alone):
-    first = TorchTransport(world)
-    dist.barrier()  # else a rank may hear of it while it still makes its own
+    first = entered(world)
     first.abort(ValueError("of no concern"))
     assert TorchTransport(world).gather(b"x") == (b"x",) * first.size
     dist.barrier()
 
 
 def test_one_call_at_a_time(world, alone):
-    transport = TorchTransport(world, timeout=10)
+    transport = entered(world)
     if transport.rank == 0:
         failures = []
 
@@ -206,7 +213,7 @@ def test_one_call_at_a_time(world, alone):
 
 
 def test_another_thread_between_two_steps_of_a_call(world, alone):
-    transport = TorchTransport(world, timeout=10)
+    transport = entered(world)
     rank, size = transport.rank, transport.size
     left, right = (rank - 1) % size, (rank + 1) % size
     pending = transport.exchange("visiting", [(Move(right, rank), (BLOCK,))], [(Move(left, left), SPEC)])

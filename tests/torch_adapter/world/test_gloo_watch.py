@@ -41,7 +41,9 @@ class Watched:
 
     def __init__(self, world, timeout):
         Watched.made += 1
-        self.circle = Circle(world, f"watch {Watched.made}", timeout)
+        self.circle = Circle(world, f"watch {Watched.made}", PATIENCE)
+        dist.barrier()  # else the news of a failure may meet a rank that still makes its own
+        self.circle.timeout = timeout
         self.channels = Channel(), Channel()
         self.begun = threading.Event()
         self.watch = Watch(self.circle, self.channels, self.begun)
@@ -75,7 +77,7 @@ def test_a_channel_that_stands_still_is_a_timeout_in_the_next_call_and_frees_its
         with pytest.raises(RingTimeout, match=r"rank 0 waited 0\.5 s for its part in an exchange"):
             ring.circle.gather(b"")
     elif rank == size - 1:
-        time.sleep(1)  # and is told in its next call
+        assert ring.circle.heard(PATIENCE)  # and is told in its next call
         with pytest.raises(PeerError, match=r"rank 0 failed.*RingTimeout"):
             ring.circle.gather(b"")
     else:
@@ -85,10 +87,10 @@ def test_a_channel_that_stands_still_is_a_timeout_in_the_next_call_and_frees_its
 
 
 def test_a_channel_that_moves_on_has_its_deadline_anew(watched):
-    ring = watched(1.0)
-    for _ in range(12):
+    ring = watched(2.0)
+    for _ in range(16):
         ring.post()
-    for _ in range(12):
+    for _ in range(16):
         time.sleep(0.2)
         ring.channels[0].ended += 1
     time.sleep(0.3)
@@ -97,9 +99,9 @@ def test_a_channel_that_moves_on_has_its_deadline_anew(watched):
 
 
 def test_time_in_which_nothing_is_under_way_counts_not(watched):
-    ring = watched(0.4)
+    ring = watched(1.0)
     for _ in range(2):
-        time.sleep(0.8)
+        time.sleep(1.5)
         ring.post()
         time.sleep(0.2)
         ring.channels[0].ended += 1
