@@ -21,6 +21,9 @@ class Flash4:
         preference=30, poison_rows=False, largest_head=256, head_multiple=8,
     )  # fmt: skip
 
+    def __init__(self) -> None:
+        self._ones: dict[torch.device, Tensor] = {}
+
     def capturing(self) -> bool:
         """Whether work is recorded for a graph, not run."""
         return torch.cuda.is_current_stream_capturing()
@@ -35,7 +38,7 @@ class Flash4:
             *_sequence_first(q, k, v), out=out.transpose(1, 2), softmax_scale=score.scale, softcap=score.softcap or 0.0,
             return_lse=True, **_window(q, k, tile.band),
         )  # fmt: skip
-        return Partial(out, lse, torch.ones((), dtype=lse.dtype, device=lse.device).expand(lse.shape))
+        return Partial(out, lse, self._ones_like(lse))
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, maximum: Tensor, total: Tensor, delta: None, *,
@@ -49,6 +52,16 @@ class Flash4:
             deterministic=torch.are_deterministic_algorithms_enabled(), **_window(q, k, tile.band, axis=1),
         )  # fmt: skip
         return Gradients(*(x.transpose(1, 2) for x in found))
+
+    def _ones_like(self, lse: Tensor) -> Tensor:
+        """One number for all rows. It is kept, because to make it takes as long as the launch of any kernel."""
+        if lse.numel() == 1 or self.capturing():
+            return torch.ones_like(lse)  # that others may write to, or in the graph's memory, which goes with it
+        if lse.device not in self._ones:
+            with torch.inference_mode(False):
+                one = torch.ones((), dtype=lse.dtype, device="cpu")
+                self._ones[lse.device] = one.to(lse.device)  # there before a stream reads it
+        return self._ones[lse.device].expand(lse.shape)
 
 
 def load(sharers: int = 1) -> Flash4:

@@ -10,10 +10,23 @@ import torch
 
 from ringcore import Partial
 
+_ones: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
 
 def from_kernel(out: torch.Tensor, lse: torch.Tensor) -> Partial:
     """The partial of a kernel in which every row saw a key: out [B, H, S, E] in any dtype, lse [B, H, S]."""
-    return Partial(out, lse, torch.ones((), dtype=lse.dtype, device=lse.device).expand(lse.shape))
+    return Partial(out, lse, _ones_like(lse))
+
+
+def _ones_like(lse: torch.Tensor) -> torch.Tensor:
+    """One number for all rows. It is kept, because to make it takes as long as the launch of any kernel."""
+    if lse.numel() == 1 or (lse.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.ones_like(lse)  # that others may write to, or in the graph's memory, which goes with it
+    key = lse.dtype, lse.device
+    if key not in _ones:
+        with torch.inference_mode(False):
+            _ones[key] = torch.ones((), dtype=lse.dtype, device="cpu").to(lse.device)  # there before a stream reads it
+    return _ones[key].expand(lse.shape)
 
 
 def _all_one(total: torch.Tensor) -> bool:

@@ -289,6 +289,14 @@ def test_the_same_call_gives_the_same_bits():
         assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_merges_leave_alone_what_kernels_share(rows):
+    q, k = (torch.randn(1, 1, n, 8, generator=torch.Generator().manual_seed(n)) for n in (rows, 4))
+    first, second = (ringcore.ring_attention(q, k, k, ring_size=2) for _ in range(2))
+    torch.testing.assert_close(first, torch.nn.functional.scaled_dot_product_attention(q, k, k))
+    assert torch.equal(first, second)
+
+
 def test_a_second_derivative_is_refused_by_name():
     q, k, v = draw()
     (gradient,) = torch.autograd.grad(ringcore.ring_attention(q, k, v).sum(), q, create_graph=True)
