@@ -89,6 +89,14 @@ def triton(session: nox.Session) -> None:
     pytest(session, f"{folder}/test_interpreted.py", *session.posargs)
 
 
+@nox.session(name="cupy-stand-in")
+def cupy_stand_in(session: nox.Session) -> None:
+    """What is written for CuPy, over a stand-in that computes on the CPU; what only a GPU shows is not seen here."""
+    install(session, "test,mpich")
+    session.env["PYTHONPATH"] = "tests/cupy_stand_in"
+    pytest(session, CONFORMANCE, "--backend", "cupy", *session.posargs)
+
+
 @nox.session
 def transformers(session: nox.Session) -> None:
     """Models of transformers, in one process and on 2 ranks over gloo, and the examples that use them."""
