@@ -63,7 +63,7 @@ class LocalSession:
         q_length, k_length = arguments.q.shape[2], arguments.k.shape[2]
         q_layout = resolve_layout(arguments.layout, q_length, size, "q")
         k_layout = resolve_layout(arguments.layout, k_length, size, "k")
-        plans = ring_plans(q_layout, k_layout, _visibility(arguments, k_length))
+        plans = ring_plans(q_layout, k_layout, visibility_of(arguments, k_length))
         self.deal = Deal(q_layout, k_layout, plans)
         self._whole = q_layout.whole and k_layout.whole
 
@@ -97,7 +97,7 @@ class ProcessSession:
 
     def __init__(self, transport: Transport, arguments: Arguments, agreed: Agreed) -> None:
         self.transport, self.call = transport, agreed.call
-        visibility = _visibility(arguments, sum(agreed.k_lengths))
+        visibility = visibility_of(arguments, sum(agreed.k_lengths))
         self.deal = _dealt(arguments.layout, agreed.q_lengths, agreed.k_lengths, visibility)
 
     def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
@@ -154,7 +154,8 @@ def _is_one_sided(kind: type) -> bool:
     return all(hasattr(kind, name) for name in ("reaches", "publish", "fetch", "retire"))
 
 
-def _visibility(arguments: Arguments, keys: int) -> Visibility:
+def visibility_of(arguments: Arguments, keys: int) -> Visibility:
+    """What plans must know of the arguments; ``keys`` is how many there are on all ranks together."""
     check_columns(arguments, keys)
     return Visibility(
         causal=arguments.causal,

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from ringcore.api import ring_attention
+from ringcore.cli.backends import DeviceBackend
 from ringcore.cli.check import check_rows, chosen_rows, verdict
 from ringcore.cli.failures import Failure, all_do, together
 from ringcore.cli.launcher import join_ring
-from ringcore.cli.options import AttendOptions, check_options
+from ringcore.cli.options import AttendOptions, check_options, parse_size
 from ringcore.cli.output import Output
 from ringcore.cli.progress import ReportingKernels, progress_bar
 from ringcore.cli.request import Request, read_request
+from ringcore.cli.streaming import Streaming, rows_that_fit
 from ringcore.cli.summary import Share, lines_of, share_note, summary_of
 from ringcore.cli.tensors import Stored, read_rows
-from ringcore.cli.visible import pairs_of_rows
+from ringcore.errors import KeywordError
 from ringcore.protocols import Transport
 from ringcore.values import Array, Spec
 
@@ -39,9 +41,10 @@ def attend(options: AttendOptions) -> int:
 
 def _attend(options: AttendOptions, transport: Transport | None) -> None:
     rank, size, sharers = (0, 1, 1) if transport is None else (transport.rank, transport.size, transport.sharers)
+    place = _place(transport)
 
     def understand() -> tuple[Request, None]:
-        return read_request(options, rank, size, sharers), None
+        return read_request(options, rank, size, sharers, place), None
 
     request, _ = together(transport, understand)
     output = Output(request.targets, options.force)
@@ -73,6 +76,15 @@ def _compute(
     request: Request, options: AttendOptions, transport: Transport | None, share: Share
 ) -> tuple[Array, Array | None]:
     """This rank's out and lse [B, H, S, ...] as NumPy arrays."""
+    share.pairs = request.pairs(request.q_runs)
+    rows = _rows_at_once(request, options, transport)
+    if rows is not None:
+        share.words = f"files: q passes through in pieces of {rows} rows, and k and v for each of them"
+        with progress_bar(share.pairs, _shown(options, share)) as report, share.timed("computing"):
+            streaming = Streaming(request, rows, partial(_terms, request), report)
+            (out, lse), _ = together(transport, lambda: (streaming.run(), None))
+        share.shard = out.nbytes + lse.nbytes
+        return out, lse if options.wants_lse else None
     window = _window(request, transport)
 
     def read() -> tuple[list[Array], None]:
@@ -88,19 +100,15 @@ def _compute(
 
     with share.timed("reading"):
         (q, k, v), _ = together(transport, read)
-        terms, _ = together(transport, lambda: (_terms(request), None))
-    arguments = request.arguments
-    pairs = pairs_of_rows(
-        request.q_runs, arguments.k.shape[2], causal=arguments.causal, window=arguments.window,
-        offsets=arguments.offsets, key_lengths=arguments.key_lengths,
-    )  # fmt: skip
-    share.pairs = pairs * arguments.q.shape[1]
+        terms, _ = together(transport, lambda: (_terms(request, request.q_runs), None))
     share.shard = sum(x.nbytes for x in (q, k, v)) + q.shape[2] * q.shape[1] * q.shape[0] * (
         v.shape[3] * request.dtype.itemsize + request.wide.itemsize * options.wants_lse
     )
     enter = request.backend.enter
+    # A GPU is given all its work at once: a bar would say nothing of what is done.
+    on_device = isinstance(request.backend, DeviceBackend)
     with (
-        progress_bar(share.pairs, shown=share.rank == 0 and not options.quiet) as report,
+        progress_bar(share.pairs, _shown(options, share) and not on_device) as report,
         share.timed("computing"),
     ):
         kernels = request.kernels if report is None else ReportingKernels(request.kernels, report)
@@ -112,10 +120,44 @@ def _compute(
     return request.backend.leave(out), None if lse is None else request.backend.leave(lse)
 
 
+def _place(transport: Transport | None) -> int:
+    """Which of the ranks of its node this one is. Collective."""
+    if transport is None:
+        return 0
+    nodes = transport.gather(str(transport.node).encode())
+    return nodes[: transport.rank].count(nodes[transport.rank])
+
+
+def _rows_at_once(request: Request, options: AttendOptions, transport: Transport | None) -> int | None:
+    """How many rows of q and of k a GPU takes at a time, or None if every rank's shard fits whole. Collective."""
+
+    def find() -> tuple[int | None, bool]:
+        backend = request.backend
+        if not isinstance(backend, DeviceBackend):
+            return None, False
+        room = backend.room() if options.device_memory is None else parse_size(options.device_memory)
+        rows = rows_that_fit(request, room)
+        if rows is not None and options.ring_size is not None:
+            raise KeywordError(
+                f"--ring-size {options.ring_size} emulates a ring of whole arrays, which do not fit into {room} bytes "
+                "of the GPU's memory. Leave it out: they then pass through in pieces."
+            )
+        return rows, rows is not None
+
+    rows, pieces = together(transport, find)
+    if not any(pieces):
+        return None
+    return max(1, *request.q_layout.lengths) if rows is None else rows
+
+
+def _shown(options: AttendOptions, share: Share) -> bool:
+    return share.rank == 0 and not options.quiet
+
+
 def _window(request: Request, transport: Transport | None) -> Sequence[Array] | None:
     """This rank's k and v in memory that the others read, where the transport has any: spares a copy."""
     allocate = getattr(transport, "allocate", None)
-    if transport is None or allocate is None:
+    if transport is None or allocate is None or isinstance(request.backend, DeviceBackend):
         return None
     like = np.empty(0, dtype=request.dtype)
     specs = {
@@ -132,13 +174,13 @@ def _shapes(request: Request, rows: int) -> tuple[tuple[int, ...], tuple[int, ..
     return (*k[:2], rows, k[3]), (*v[:2], rows, v[3])
 
 
-def _terms(request: Request) -> dict[str, Array]:
-    """This rank's rows of bias and mask."""
-    rows = sum(map(len, request.q_runs))
+def _terms(request: Request, runs: Sequence[range]) -> dict[str, Array]:
+    """The rows of bias and mask at these positions."""
+    rows = sum(map(len, runs))
     terms = {}
     for name, stored in (("bias", request.question.bias), ("mask", request.question.mask)):
         if stored is not None:
-            terms[name] = _term(stored, request.q_runs, rows)
+            terms[name] = _term(stored, runs, rows)
     return terms
 
 

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
 
 from ringcore.cli.tensors import dtype_of
-from ringcore.errors import KeywordError, MissingDependency
-from ringcore.values import Array
+from ringcore.errors import KeywordError, MissingDependency, UnsupportedError
+from ringcore.values import Array, Blocks
 
 
 class Backend(Protocol):
-    """Turns NumPy arrays into those of a library and back, in the same memory."""
+    """Turns NumPy arrays into those of a library and back, in the same memory if that is the host's."""
 
     name: str
     kernels: str | None
 
     def enter(self, x: Array) -> Array:
-        """The library's array in x's memory."""
+        """The library's array of x's numbers."""
         ...
 
     def leave(self, x: Array) -> Array:
-        """The NumPy array in x's memory."""
+        """The NumPy array of x's numbers."""
+        ...
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """One whose arrays lie in a device's memory, which may be smaller than a shard."""
+
+    def room(self) -> int:
+        """How many bytes of the device's memory can be taken now."""
+        ...
+
+    def fill(self, arrays: Blocks, read: Callable[..., None]) -> Callable[[], None]:
+        """Begin to copy what ``read`` puts into NumPy arrays like ``arrays`` to them; the answer waits for it.
+
+        They are not touched before all that was asked of the device so far is done.
+        """
         ...
 
 
@@ -62,10 +80,61 @@ class TorchBackend:
         return x.numpy()
 
 
-def find_backend(name: str) -> Backend:
-    """The backend of that name.
+class CupyBackend:
+    """CuPy's arrays on the GPU of this rank; ranks of one machine take its GPUs in turn, ``place`` is this one's."""
 
-    Raises KeywordError if there is none, MissingDependency if its library is not installed.
+    name = "cupy"
+    kernels: str | None = None
+
+    def __init__(self, place: int) -> None:
+        self._cupy = _imported("cupy", 'pip install "ringcore[cupy]"')
+        runtime = self._cupy.cuda.runtime
+        try:
+            count = runtime.getDeviceCount()
+        except runtime.CUDARuntimeError as exc:
+            raise UnsupportedError(f"--backend cupy needs a GPU, but CUDA finds none here ({exc}).") from exc
+        if count == 0:
+            raise UnsupportedError("--backend cupy needs a GPU, but CUDA shows none here (CUDA_VISIBLE_DEVICES?).")
+        self._device = self._cupy.cuda.Device(place % count)
+        self._device.use()
+        self._thread = ThreadPoolExecutor(1, "ringcore reading")
+
+    def enter(self, x: Array) -> Array:
+        """A copy of x on the GPU."""
+        return self._cupy.asarray(x)
+
+    def leave(self, x: Array) -> Array:
+        """A copy of x in the host's memory."""
+        return x.get()
+
+    def room(self) -> int:
+        """How many bytes of the GPU's memory can be taken now."""
+        pool = self._cupy.get_default_memory_pool()
+        return int(self._cupy.cuda.runtime.memGetInfo()[0]) + int(pool.total_bytes() - pool.used_bytes())
+
+    def fill(self, arrays: Blocks, read: Callable[..., None]) -> Callable[[], None]:
+        """Begin to read into memory that the GPU copies from beside its kernels; the answer waits for both."""
+        pinned = importlib.import_module("cupyx").empty_pinned
+        cuda = self._cupy.cuda
+        before = cuda.get_current_stream().record()  # what this memory was used for last
+
+        def fill() -> None:
+            with self._device, cuda.Stream(non_blocking=True) as beside:
+                held = [pinned(x.shape, x.dtype) for x in arrays]
+                read(*held)
+                beside.wait_event(before)
+                for x, numbers in zip(arrays, held, strict=True):
+                    x.set(numbers)
+                beside.synchronize()
+
+        return self._thread.submit(fill).result
+
+
+def find_backend(name: str, place: int = 0) -> Backend:
+    """The backend of that name; ``place`` counts the ranks of this machine.
+
+    Raises KeywordError if there is none, MissingDependency if its library is not installed, UnsupportedError if it
+    needs a GPU and there is none.
     """
     if name == "numpy":
         return NumpyBackend()
@@ -73,13 +142,16 @@ def find_backend(name: str) -> Backend:
         return NumpyBackend("reference", "reference")
     if name == "torch":
         return TorchBackend()
-    raise KeywordError(f"--backend is {name!r}; it must be one of numpy, reference, torch.")
+    if name == "cupy":
+        return CupyBackend(place)
+    raise KeywordError(f"--backend is {name!r}; it must be one of numpy, reference, torch, cupy.")
 
 
-def _imported(name: str) -> Any:
+def _imported(name: str, remedy: str | None = None) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
         if exc.name != name:
             raise
-        raise MissingDependency(f"--backend {name} needs {name}, which is not installed: pip install {name}.") from exc
+        remedy = remedy or f"pip install {name}"
+        raise MissingDependency(f"--backend {name} needs {name}, which is not installed: {remedy}.") from exc

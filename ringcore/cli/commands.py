@@ -112,8 +112,17 @@ def attend(
         int | None, typer.Option(help="Emulate a ring of so many ranks in one process.", rich_help_panel=_RUN)
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="numpy, reference or torch (on the CPU).", rich_help_panel=_RUN)
+        str, typer.Option(help="numpy, reference, torch (on the CPU) or cupy (on a GPU).", rich_help_panel=_RUN)
     ] = "numpy",
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="How much of a GPU's memory to take, such as 40GiB; nearly all that is free if not given. Shards that "
+            "need more pass through in pieces.",
+            rich_help_panel=_RUN,
+            show_default=False,
+        ),
+    ] = None,
     kernels: Annotated[
         str | None, typer.Option(help="Who computes, by name; the best if not given.", rich_help_panel=_RUN)
     ] = None,
@@ -140,7 +149,8 @@ def attend(
     """
     options = AttendOptions(
         input, out, q, k, v, q_name, k_name, v_name, lse, lse_out, dtype, backend, causal, window, scale, softcap,
-        bias, mask, query_offset, key_lengths, layout, axes, kernels, ring_size, check, seed, force, quiet, json,
+        bias, mask, query_offset, key_lengths, layout, axes, kernels, ring_size, device_memory, check, seed,
+        force, quiet, json,
     )  # fmt: skip
     from ringcore.cli.attend import attend as run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class AttendOptions:
     axes: str = "bhsd"
     kernels: str | None = None
     ring_size: int | None = None
+    device_memory: str | None = None
     check: int = 0
     seed: int = 0
     force: bool = False
@@ -75,6 +77,15 @@ def parse_offset(text: str) -> int | list[int]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def parse_size(text: str) -> int:
+    """ "3GiB" as 3 * 2**30; also MiB, KiB, GB, MB, KB, B, or nothing for bytes."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise KeywordError(f"--device-memory is {text!r}; it must be a size such as 40GiB, 500MB or 1000000.")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def check_options(options: AttendOptions) -> None:
     """Raise KeywordError for options that contradict each other or miss their partner."""
     singles = {"--q": options.q, "--k": options.k, "--v": options.v}
@@ -102,6 +113,12 @@ def check_options(options: AttendOptions) -> None:
         raise KeywordError(f"--check is {options.check}; it must be a number of rows, 0 or more.")
     if options.ring_size is not None and options.ring_size < 1:
         raise KeywordError(f"--ring-size is {options.ring_size}; it must be a number of ranks, 1 or more.")
+    if options.device_memory is not None:
+        if options.backend != "cupy":
+            raise KeywordError(
+                f"--device-memory bounds what --backend cupy takes of a GPU, but the backend is {options.backend}."
+            )
+        parse_size(options.device_memory)
     if options.backend == "reference" and options.kernels not in (None, "reference"):
         raise KeywordError(
             f"--backend reference and --kernels {options.kernels} contradict each other. Give one of them."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ringcore.cli.check import Question
 from ringcore.cli.options import AttendOptions, parse_integers, parse_offset, parse_window
 from ringcore.cli.output import Target, check_targets, plan_targets
 from ringcore.cli.tensors import Stored, dtype_of, open_tensor
+from ringcore.cli.visible import pairs_of_rows
 from ringcore.discovery import choose_kernels
 from ringcore.errors import DtypeError, KeywordError
 from ringcore.layout import Layout, resolve_layout
@@ -51,14 +53,24 @@ class Request:
         """That of lse."""
         return np.dtype("float64" if self.question.dtype == "float64" else "float32")
 
+    def pairs(self, runs: Sequence[range]) -> int:
+        """How many pairs of the queries at these positions and a key are visible, over the batch and the heads."""
+        asked = self.arguments
+        pairs = pairs_of_rows(
+            runs, asked.k.shape[2], causal=asked.causal, window=asked.window, offsets=asked.offsets,
+            key_lengths=asked.key_lengths,
+        )  # fmt: skip
+        return pairs * int(asked.q.shape[1])
+
     def in_file_order(self, x: Array) -> Array:
         """[B, H, S, D] with the file's order of axes, as a view."""
         return x if self.question.axis == 2 else x.swapaxes(1, 2)
 
 
-def read_request(options: AttendOptions, rank: int, size: int, sharers: int) -> Request:
-    """The request of rank ``rank`` out of ``size``; ``sharers`` is how many ranks share this machine's cores.
+def read_request(options: AttendOptions, rank: int, size: int, sharers: int, place: int) -> Request:
+    """The request of rank ``rank`` out of ``size``.
 
+    sharers: how many ranks share this machine's cores. place: which of those on its node this one is.
     Raises the error of whatever is wrong with the options, the headers of the files, or the two together.
     """
     if options.ring_size is not None and size > 1:
@@ -68,7 +80,7 @@ def read_request(options: AttendOptions, rank: int, size: int, sharers: int) -> 
         )
     if options.dtype is not None and options.dtype not in FLOATING:
         raise KeywordError(f"--dtype is {options.dtype!r}; it must be one of {', '.join(FLOATING)}.")
-    backend = find_backend(options.backend)
+    backend = find_backend(options.backend, place)
     q, k, v, bias, mask = _open(options)
     for stored in (q, k, v):
         if stored.dtype.name not in FLOATING:

@@ -19,13 +19,14 @@ _STATUS = "/proc/self/status"
 
 
 class Share:
-    """What one rank has to tell: its times, its visible pairs, its memory."""
+    """What one rank has to tell: its times, its visible pairs, its memory, and how blocks came if not by a ring."""
 
     def __init__(self, rank: int, transport: Transport | None) -> None:
         self.rank, self.transport = rank, transport
         self.seconds: dict[str, float] = {}
         self.pairs = 0
         self.shard = 0
+        self.words = ""
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -43,7 +44,7 @@ def share_note(share: Share) -> dict[str, Any]:
         "shard": share.shard,
         "peak": peak_memory(),
         "node": 0 if share.transport is None else share.transport.node,
-        "transport": "none" if share.transport is None else transport_words(share.transport),
+        "transport": share.words or ("none" if share.transport is None else transport_words(share.transport)),
         "sent": int(getattr(share.transport, "bytes_sent", 0)),
         "published": int(getattr(share.transport, "bytes_published", 0)),
     }

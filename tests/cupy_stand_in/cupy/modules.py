@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -76,6 +78,10 @@ def _argument(x):
     raise TypeError(f"Unsupported type {type(x)}")
 
 
+def _compiler():
+    return ["c++"] if shutil.which("c++") else [sys.executable, "-m", "ziglang", "c++"]
+
+
 def _built(code, options, expressions):
     header = _HEADER.read_text()
     kept = [option for option in options if option.startswith(("-D", "--define-macro"))]
@@ -88,7 +94,7 @@ def _built(code, options, expressions):
     if not library.exists():
         source, made = (folder / f"{key}.{os.getpid()}.{ending}" for ending in ("cpp", "so"))
         source.write_text(body)
-        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DLANES=1", *kept, "-o", made, source]
+        command = [*_compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DLANES=1", *kept, "-o", made, source]
         run = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if run.returncode:
             raise RuntimeError(f"the kernel does not compile:\n{run.stderr}")

@@ -14,7 +14,7 @@ class Device:
 
     def __init__(self, device=None):
         self.id = getattr(_here, "device", 0) if device is None else int(device)
-        if not 0 <= self.id < runtime.getDeviceCount():
+        if device is not None and not 0 <= self.id < runtime.getDeviceCount():
             raise runtime.CUDARuntimeError(101, "invalid device ordinal")
 
     def use(self):

@@ -25,7 +25,10 @@ class CUDARuntimeError(RuntimeError):
 
 
 def getDeviceCount():  # noqa: N802
-    return int(os.environ.get("CUPY_STAND_IN_DEVICES", "2"))
+    count = int(os.environ.get("CUPY_STAND_IN_DEVICES", "2"))
+    if count == 0:
+        raise CUDARuntimeError(100, "no CUDA-capable device is detected")
+    return count
 
 
 def getDeviceProperties(number):  # noqa: N802
