@@ -28,8 +28,9 @@ LAYERS = {
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 PORTABLE = {"array_api_compat"}  # what layers 1 to 4 may import besides the standard library
 TOP = {"pyproject.toml", "ringcore", "adapters", "tests", "docs", "noxfile.py", "README.md", "LICENSE"}
-IMPORTED = {"flash-attn-4": "flash_attn", "nvidia-cudnn-frontend": "cudnn"}  # imported by another name
-BROUGHT = {"torch": ("triton",)}  # what a library brings where it is of use
+# Imported by another name:
+IMPORTED = {"flash-attn-4": "flash_attn", "nvidia-cudnn-frontend": "cudnn", "cupy-cuda13x": "cupy"}
+BROUGHT = {"torch": ("triton",), "cupy-cuda13x": ("numpy",)}  # what a library brings where it is of use
 # Whose arrays kernels take beside what their extra lists: each imported in one file alone, which nothing else needs.
 BORDERS = {("ringcore_cudnn", "torch_arrays.py"): "torch", ("ringcore_cudnn", "cupy_arrays.py"): "cupy"}
 BUILT = {"build", "dist", "PKG-INFO", "__pycache__"}  # what a tree without git may hold as well

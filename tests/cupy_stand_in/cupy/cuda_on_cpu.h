@@ -9,7 +9,7 @@ unsigned the_grid[3], the_block[3], the_threads[3], the_blocks[3];
 
 
 #define __global__ extern "C"
-#define __device__ static inline
+#define __device__ inline
 #define __forceinline__
 #define __restrict__
 #define __launch_bounds__(...)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cupy import cuda
 from cupy.arrays import ndarray
 
 _HEADER = Path(__file__).with_name("cuda_on_cpu.h")
@@ -48,6 +49,10 @@ class _Function:
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         grid, block = ((*shape, 1, 1)[:3] for shape in (grid, block))
+        if max(grid[1:]) > 65535 or grid[0] > 0x7FFFFFFF or int(np.prod(block)) > 1024:
+            raise ValueError(f"CUDA_ERROR_INVALID_VALUE: grid {grid}, block {block}")
+        if any(isinstance(x, ndarray) and x.device != cuda.Device() for x in args):
+            raise ValueError("an array is not on the current device")
         given = [_argument(x) for x in args]
         place = [(ctypes.c_uint * 3).in_dll(self._library, f"the_{name}") for name in ("grid", "block", "threads")]
         place[2][:] = block

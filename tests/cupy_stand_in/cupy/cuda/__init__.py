@@ -8,7 +8,7 @@ from itertools import count
 
 import numpy as np
 
-from cupy.cuda import cublas, device, nccl, runtime
+from cupy.cuda import cublas, device, memory, nccl, runtime
 from cupy.cuda.device import Device
 
 _ALIGNED = 512
@@ -92,10 +92,17 @@ class MemoryPool:
 
     def __init__(self):
         self._rooms = {}
+        self._limit = 0
+
+    def set_limit(self, size=None):
+        """The most bytes that may live; 0 is any number."""
+        self._limit = size or 0
 
     def malloc(self, size):
         import weakref
 
+        if self._limit and self.used_bytes() + size > self._limit:
+            raise memory.OutOfMemoryError(size, self.used_bytes(), self._limit)
         room = _Room(size)
         key = next(_numbers)
         self._rooms[key] = size
@@ -195,6 +202,6 @@ get_cublas_handle = device.get_cublas_handle
 
 __all__ = [
     "Device", "Event", "ExternalStream", "Memory", "MemoryPointer", "MemoryPool", "Stream", "UnownedMemory", "alloc",
-    "alloc_pinned_memory", "cublas", "device", "get_current_stream", "get_device_id", "is_available", "nccl",
-    "runtime",
+    "alloc_pinned_memory", "cublas", "device", "get_current_stream", "get_device_id", "is_available", "memory",
+    "nccl", "runtime",
 ]  # fmt: skip

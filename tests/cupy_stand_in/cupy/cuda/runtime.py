@@ -16,6 +16,7 @@ _maps = {}
 
 memcpyDeviceToDevice, memcpyDefault = 3, 4  # noqa: N816
 streamNonBlocking = 1  # noqa: N816
+CUDA_R_32F, CUDA_R_64F, CUDA_R_16F, CUDA_R_16BF = 0, 1, 2, 14
 
 
 class CUDARuntimeError(RuntimeError):
