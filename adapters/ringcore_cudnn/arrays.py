@@ -28,6 +28,13 @@ class Arrays(Protocol):
         """New memory, rows last, on the device of ``like`` and in its dtype, if there is no other."""
         ...
 
+    def one(self, like: Array) -> Array:
+        """The number 1 in float32 on the device of ``like``, kept where it can be; there before any stream reads it.
+
+        Nobody writes to it: to make it takes as long as the launch of any kernel.
+        """
+        ...
+
     def allocate(self, size: int, like: Array) -> tuple[int, Any]:
         """The address of so many bytes on the device of ``like``, and what keeps them until the stream is there."""
         ...

@@ -21,6 +21,9 @@ class CupyArrays:
 
     xp = array_api_compat.cupy
 
+    def __init__(self) -> None:
+        self._ones: dict[int, Array] = {}
+
     def address(self, x: Array) -> int:
         """Where x begins."""
         return int(x.data.ptr)
@@ -33,6 +36,19 @@ class CupyArrays:
         """New memory, rows last, on the device of ``like``."""
         with self.on(like):
             return cupy.empty(shape, dtype=dtype or like.dtype)
+
+    def one(self, like: Array) -> Array:
+        """The number 1 in float32, kept for each device; in a graph it is made anew, in the graph's memory."""
+        device = self.device(like)
+        with like.device:
+            stream = cupy.cuda.get_current_stream()
+            if stream.is_capturing():
+                return cupy.ones((), dtype=cupy.float32)
+            if device not in self._ones:
+                made = cupy.ones((), dtype=cupy.float32)
+                stream.synchronize()
+                self._ones[device] = made
+        return self._ones[device]
 
     def allocate(self, size: int, like: Array) -> tuple[int, Any]:
         """The address of so many bytes, and what keeps them until the stream is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -49,8 +50,9 @@ class CudnnFrontend:
         if mask is not None:
             return normalised(out, lse)
         xp = self._arrays.xp
-        one = xp.ones((), dtype=lse.dtype, device=array_api_compat.device(lse))
-        return Partial(out, lse, xp.broadcast_to(one, lse.shape))
+        if math.prod(lse.shape) == 1:  # a row alone: others may take its total for memory of its own
+            return Partial(out, lse, xp.ones_like(lse))
+        return Partial(out, lse, xp.broadcast_to(self._arrays.one(lse), lse.shape))
 
     def backward(
         self, dout: Array, q: Array, k: Array, v: Array, maximum: Array, total: Array, delta: None, *,

@@ -22,6 +22,9 @@ class TorchArrays:
 
     xp = array_api_compat.torch
 
+    def __init__(self) -> None:
+        self._ones: dict[torch.device, Tensor] = {}
+
     def address(self, x: Tensor) -> int:
         """Where x begins."""
         return x.data_ptr()
@@ -33,6 +36,15 @@ class TorchArrays:
     def empty(self, shape: tuple[int, ...], like: Tensor, dtype: Any = None) -> Tensor:
         """New memory, rows last, on the device of ``like``."""
         return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+    def one(self, like: Tensor) -> Tensor:
+        """The number 1 in float32, kept for each device; in a graph it is made anew, in the graph's memory."""
+        if torch.cuda.is_current_stream_capturing():
+            return torch.ones((), dtype=torch.float32, device=like.device)
+        if like.device not in self._ones:
+            with torch.inference_mode(False):
+                self._ones[like.device] = torch.ones((), dtype=torch.float32, device="cpu").to(like.device)
+        return self._ones[like.device]
 
     def allocate(self, size: int, like: Tensor) -> tuple[int, Any]:
         """The address of so many bytes, and what keeps them until the stream is there."""

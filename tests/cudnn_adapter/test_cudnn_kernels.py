@@ -193,3 +193,18 @@ def test_softcap_and_bias_are_refused(kernels):
         ringcore.ring_attention(q, k, v, softcap=3.0, kernels=kernels)
     with pytest.raises(ringcore.UnsupportedError, match="they have no bias"):
         ringcore.ring_attention(q, k, v, bias=torch.zeros(45, 45), kernels=kernels)
+
+
+def test_one_number_is_the_total_of_all_rows_but_of_a_single_one(kernels):
+    def totals(*shape):
+        q, k, v = draw(torch.float16, *shape)
+        tile = Tile(*[slice(None)] * 5, (range(q.shape[2]),), (range(k.shape[2]),))
+        return [kernels.forward(q, k, v, score=Score(0.25), tile=tile).total for _ in range(2)]
+
+    first, second = totals(*SQUARE)
+    assert first.shape == (2, 4, 45)
+    assert first.data_ptr() == second.data_ptr()
+    first, second = totals(1, 1, 1, 1, 9, 16, 16)
+    first.zero_()
+    assert (second == 1).all()
+    assert kernels._arrays.kept == 1

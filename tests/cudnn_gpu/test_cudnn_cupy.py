@@ -89,14 +89,24 @@ def test_out_lse_and_gradients(term, size, layout, name):
 def test_they_are_taken_without_being_asked_for():
     x = cupy.zeros((1, 1, 8, 64), dtype=np.float16)
     assert choose_kernels(None, x, x, frozenset({"mask", "gradient"}))[0].capabilities.name == KERNELS
+    assert choose_kernels(None, x, x, frozenset({"bias"}))[0].capabilities.name == "cupy.cuda.tiled"
     x = x.astype(np.float32)
-    assert choose_kernels(None, x, x, frozenset())[0].capabilities.name == "reference"
+    assert choose_kernels(None, x, x, frozenset())[0].capabilities.name == "cupy.cuda.tiled"
 
 
 def test_a_bias_is_not_for_them():
     q, k, v, _ = map(cupy.asarray, draw("float16"))
     with pytest.raises(ringcore.UnsupportedError, match="they have no bias"):
         ringcore.ring_attention(q, k, v, bias=cupy.zeros((LENGTH, LENGTH), dtype=q.dtype), kernels=KERNELS)
+
+
+def test_one_number_is_the_total_of_all_tiles():
+    from ringcore_cudnn.cupy_arrays import CupyArrays
+
+    arrays, x = CupyArrays(), cupy.zeros((2, 3), dtype=np.float16)
+    assert arrays.one(x) is arrays.one(x)
+    assert float(arrays.one(x)) == 1.0
+    assert arrays.one(x).dtype == np.float32
 
 
 def test_work_is_queued_on_the_current_stream():
