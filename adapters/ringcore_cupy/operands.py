@@ -8,7 +8,8 @@ import cupy
 import numpy as np
 
 from ringcore import Array
-from ringcore_cupy.compiling import BLOCK, kernel, rows_grid, steps
+from ringcore_cupy.blocks import MOST_KEYS
+from ringcore_cupy.compiling import BLOCK, MOST_PLACES, kernel, rows_grid, steps
 from ringcore_cupy.products import Matrices, matrices, multipliable
 
 
@@ -32,8 +33,11 @@ class Clean(Operand):
         self._poisoned = cupy.empty(x.shape[:3], dtype=np.uint8)
         if found.size:
             wide = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-            run = kernel("tiled.cu", "clean", WIDE=wide, NUMBER=x.dtype, BIAS=wide, SOFT=0, MOST_KEYS=1024)
-            run(rows_grid(batch, heads, rows), (BLOCK,), (x, found, self._poisoned, rows, width, *steps(x)))
+            run = kernel("tiled.cu", "clean", WIDE=wide, NUMBER=x.dtype, BIAS=wide, SOFT=0, MOST_KEYS=MOST_KEYS)
+            for start in range(0, batch, MOST_PLACES):
+                part = slice(start, start + MOST_PLACES)
+                places = x[part], found[part], self._poisoned[part]
+                run(rows_grid(len(places[0]), heads, rows), (BLOCK,), (*places, rows, width, *steps(x)))
         super().__init__(found)
 
     def poisoned(self, entry: int, row: int) -> tuple[int, int]:

@@ -45,6 +45,8 @@ def finished(
 
 def finished_lse(maximum: Array, total: Array, empty: float) -> Array:
     """maximum + log(total) [B, H, S], in memory of its own; ``empty`` in rows that saw no key."""
+    if max(maximum.shape[:2]) > MOST_PLACES:
+        return cupy.where((maximum != -cupy.inf) & (total != 0), maximum + cupy.log(total), empty)
     with maximum.device:
         lse = cupy.empty(maximum.shape, dtype=maximum.dtype)
         if lse.size:

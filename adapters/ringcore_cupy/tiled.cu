@@ -8,22 +8,27 @@ struct Terms {  // what is done to q.k
     Count bias_head, bias_row, bias_key, mask_head, mask_row, mask_key, lo, hi;
     WIDE cap;
 
-    __device__ WIDE score(WIDE raw, Count head, Count row, Count key) const {
-        if (key - row < lo || key - row > hi) return NOTHING;
-        if (mask && !mask[head * mask_head + row * mask_row + key * mask_key]) return NOTHING;
+    // Whether a row sees a key, and what is added to their score.
+    __device__ bool shows(Count head, Count row, Count key, WIDE &added) const {
+        added = 0;
+        if (key - row < lo || key - row > hi) return false;
+        if (mask && !mask[head * mask_head + row * mask_row + key * mask_key]) return false;
+        if (bias) added = WIDE(bias[head * bias_head + row * bias_row + key * bias_key]);
+        return added != NOTHING;
+    }
+
+    __device__ WIDE score(WIDE raw, WIDE added) const {
 #if SOFT
         raw = cap * tanh(raw / cap);
 #endif
-        if (!bias) return raw;
-        const WIDE added = WIDE(bias[head * bias_head + row * bias_row + key * bias_key]);
-        return added == NOTHING ? NOTHING : raw + added;  // whatever raw is
+        return raw + added;
     }
 
-    // The derivative of the score by q.k; NaN where an infinity was bounded, which must show.
+    // The derivative of the score by q.k.
     __device__ WIDE slope(WIDE raw) const {
 #if SOFT
         const WIDE inner = tanh(raw / cap);
-        return WIDE(1) - inner * inner + (raw - raw);
+        return WIDE(1) - inner * inner;
 #else
         return WIDE(1);
 #endif
@@ -33,6 +38,7 @@ struct Terms {  // what is done to q.k
 #define TERMS                                                                                                          \
     const BIAS *bias, Count bh, Count bs, Count bt, const Byte *mask, Count kh, Count ks, Count kt, Count lo,          \
         Count hi, double cap
+#define POISON (NOTHING - NOTHING)  // NaN
 #define GIVEN_TERMS Terms{bias, mask, bh, bs, bt, kh, ks, kt, lo, hi, WIDE(cap)}
 
 // A copy without gaps [B, H, T, W], 0 for NaN and infinities: products multiply what is hidden by 0. Which rows had some.
@@ -73,12 +79,12 @@ extern "C" __global__ void weigh(
     total += head * th + row * ts;
     const WIDE old_top = *maximum, old_sums = *total;
     const bool seen = old_top != NOTHING && old_sums != WIDE(0);
-    WIDE held[MOST_KEYS / LANES], top = NOTHING;
+    WIDE held[MOST_KEYS / LANES], top = NOTHING, added;
 #pragma unroll
     for (int n = 0; n < MOST_KEYS / LANES; n++) {
         const Count key = n * LANES + lane();
         if (key < keys) {
-            held[n] = terms.score(scores[key], head, row, key);
+            held[n] = terms.shows(head, row, key, added) ? terms.score(scores[key], added) : NOTHING;
             top = held[n] > top ? held[n] : top;
         }
     }
@@ -92,7 +98,7 @@ extern "C" __global__ void weigh(
         if (key < keys) {
             const WIDE weight = exp(held[n] - reference);
             sums += weight;
-            weights[key] = poisoned[key] && held[n] != NOTHING ? NUMBER(float(NOTHING - NOTHING)) : NUMBER(weight);
+            weights[key] = NUMBER(poisoned[key] && terms.shows(head, row, key, added) ? POISON : weight);
         }
     }
     sums = sum_of_row(sums);
@@ -112,43 +118,43 @@ struct Finished {  // a row's statistics over all keys
     WIDE top, sums, delta;
     bool seen;
 
-    __device__ Finished(const WIDE *maximum, const WIDE *total, const WIDE *delta_)
-        : top(*maximum), sums(*total), delta(delta_ ? *delta_ : WIDE(0)),
-          seen(*maximum != NOTHING && *total != WIDE(0)) {}
+    __device__ Finished(const WIDE *maximum, const WIDE *total, const WIDE *delta)
+        : top(*maximum), sums(*total), delta(*delta), seen(top != NOTHING && sums != WIDE(0)) {}
 
-    __device__ WIDE weight(WIDE score) const { return hidden(score) ? WIDE(0) : exp(score - top) / sums; }
+    __device__ WIDE weight(WIDE score) const { return exp(score - top) / sums; }
 
-    // The gradient of the score, given that of the weight.
-    __device__ WIDE gradient(WIDE score, WIDE of_weight) const {
-        return hidden(score) ? WIDE(0) : weight(score) * (of_weight - delta);
-    }
-
-    __device__ bool hidden(WIDE score) const { return !seen || score == NOTHING; }
+    // The gradient of a score, given that of its weight.
+    __device__ WIDE gradient(WIDE score, WIDE of_weight) const { return weight(score) * (of_weight - delta); }
 };
 
-// A block of q.k into the finished rows' weights, and of dout.v, if there is one, into the gradients of q.k. A row whose
-// dout is poisoned makes NaN of the keys that it sees.
+// A block of q.k into the finished rows' weights, and of dout.v, if there is one, into the gradients of q.k. Where q, k or
+// dout is poisoned the pairs that see it show NaN; bad_*: a byte for each row of these.
 extern "C" __global__ void pull_back(
     const WIDE *scores, const WIDE *slopes, NUMBER *weights, NUMBER *gradients, Count rows, Count keys,
     Count block_head, Count block_row, const WIDE *maximum, const WIDE *total, const WIDE *delta, Count mh, Count ms,
-    Count th, Count ts, Count dh, Count ds, const Byte *poisoned, Count poisoned_head, TERMS
+    Count th, Count ts, Count dh, Count ds, const Byte *bad_dout, Count bad_dout_head, const Byte *bad_q,
+    Count bad_q_head, const Byte *bad_k, Count bad_k_head, Count group, TERMS
 ) {
     const Count row = row_of_grid(), head = blockIdx.y;
     if (row >= rows) return;
     const Terms terms = GIVEN_TERMS;
     const Finished finished(
-        maximum + head * mh + row * ms, total + head * th + row * ts, delta ? delta + head * dh + row * ds : 0
+        maximum + head * mh + row * ms, total + head * th + row * ts, delta + head * dh + row * ds
     );
-    const bool poison = poisoned[head * poisoned_head + row];
+    const bool bad_weights = bad_dout[head * bad_dout_head + row], bad_row = bad_q[head * bad_q_head + row];
+    bad_k += head / group * bad_k_head;
     const Count at = head * block_head + row * block_row;
     for (Count key = lane(); key < keys; key += LANES) {
-        const WIDE raw = scores[at + key], score = terms.score(raw, head, row, key);
-        const bool hidden = finished.hidden(score);
-        if (slopes) {
-            const WIDE gradient = finished.gradient(score, slopes[at + key]);
-            gradients[at + key] = NUMBER(hidden ? WIDE(0) : gradient * terms.slope(raw));
+        const WIDE raw = scores[at + key];
+        WIDE added, weight = 0, gradient = 0;
+        if (finished.seen && terms.shows(head, row, key, added)) {
+            const WIDE score = terms.score(raw, added);
+            weight = bad_weights ? POISON : finished.weight(score);
+            if (slopes) gradient = finished.gradient(score, slopes[at + key]) * terms.slope(raw);
+            if (bad_row || bad_k[key]) gradient = POISON;
         }
-        weights[at + key] = NUMBER(poison && !hidden ? NOTHING - NOTHING : finished.weight(score));
+        weights[at + key] = NUMBER(weight);
+        if (slopes) gradients[at + key] = NUMBER(gradient);
     }
 }
 
@@ -164,15 +170,17 @@ extern "C" __global__ void pull_back_bias(
     const Count own_head = number / own_keys / own_rows;
     if (own_head >= own_heads) return;
     const Terms terms = GIVEN_TERMS;
-    WIDE sum = 0;
+    WIDE sum = 0, added;
     for (Count head = own_head; head < (own_heads == 1 ? heads : own_head + 1); head++)
         for (Count row = own_row; row < (own_rows == 1 ? rows : own_row + 1); row++) {
             const Finished finished(
                 maximum + head * mh + row * ms, total + head * th + row * ts, delta + head * dh + row * ds
             );
+            if (!finished.seen) continue;
             const Count at = head * block_head + row * block_row;
             for (Count key = own_key; key < (own_keys == 1 ? keys : own_key + 1); key++)
-                sum += finished.gradient(terms.score(scores[at + key], head, row, key), slopes[at + key]);
+                if (terms.shows(head, row, key, added))
+                    sum += finished.gradient(terms.score(scores[at + key], added), slopes[at + key]);
         }
     dbias[own_head * gh + own_row * gs + own_key * gt] += sum;
 }

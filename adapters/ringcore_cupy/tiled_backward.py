@@ -25,7 +25,7 @@ class Backward:
         q, v = arrays["q"], arrays["v"]
         self._shape, self._keys, self._values, self._wide = q.shape, v.shape[2], v.shape[3], accumulation(q)
         clean = {name: Clean(arrays[name]) for name in ("dout", "q", "k")}
-        self._dout = clean["dout"]
+        self._clean, self._group = tuple(clean.values()), q.shape[1] // v.shape[1]
         sums = {"dq": into.dq, "dk": into.dk, "dv": into.dv}
         self._sums = {name: Sums(x) for name, x in sums.items() if x is not None}
         self._operands = {name: Operand(x) for name, x in arrays.items()}
@@ -51,7 +51,7 @@ class Backward:
                     self._add(product, arrays, block, scale)
         for x in self._sums.values():
             x.close()
-        if self._dbias is not None and self._dbias is not self._wide_dbias:
+        if self._dbias is not None and self._wide_dbias is not None and self._dbias is not self._wide_dbias:
             self._dbias += self._wide_dbias.astype(self._dbias.dtype)
 
     def _weigh(self, product: Products, arrays: dict[str, Matrices], entry: int, block: Block, scale: float) -> None:
@@ -74,11 +74,14 @@ class Backward:
                 numbers_grid(1, 1, own[1] * own[2] * own[3]), (BLOCK,),
                 (scores.address, slopes.address, heads, rows, keys, *place, *finished, *own, *tail),
             )  # fmt: skip
+        first = row, row, key
+        poisoned = (n for x, at in zip(self._clean, first, strict=True) for n in x.poisoned(entry, at))
         self._pull_back(
             rows_grid(1, heads, rows), (BLOCK,),
             (
                 scores.address, slopes.address if self._of_scores else 0, self._weights.address,
-                self._gradients.address, rows, keys, *place, *finished, *self._dout.poisoned(entry, row), *tail,
+                self._gradients.address, rows, keys, *place, *finished, *poisoned,
+                self._group, *tail,
             ),
         )  # fmt: skip
 
