@@ -1,7 +1,8 @@
-"""Kernels in CUDA C, compiled for the CPU: one thread after the other, each of them a warp of one lane.
+"""Kernels in CUDA C, compiled for the CPU: one warp after the other, each of CUPY_STAND_IN_LANES lanes (1 by default).
 
 A kernel says how many lanes share a row by the macro LANES, and reduces among them by functions of its own that do
-nothing if it is 1; with barriers in it, it runs with one thread in a block alone.
+nothing if it is 1. Lanes take turns at barriers and shuffles of a warp; with a block's barriers in it, a kernel runs
+with one thread in a block alone.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,12 @@ from cupy import cuda
 from cupy.arrays import ndarray
 
 _HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+LANES = int(os.environ.get("CUPY_STAND_IN_LANES", "1"))
+_LAUNCH = """
+extern "C" int launch_{}(void **given, const int *sizes, int count, const unsigned *grid, const unsigned *block) {{
+    return launched({}, given, sizes, count, grid, block);
+}}"""
+_one_launch = threading.Lock()
 _KINDS = {np.dtype(np.float32): ctypes.c_float, np.dtype(np.float64): ctypes.c_double, np.dtype(np.int32): ctypes.c_int}
 
 
@@ -43,26 +52,27 @@ class RawKernel:
 
 class _Function:
     def __init__(self, library, name):
-        self._library, self._function = library, library[name]
-        self._function.restype = None
+        self._name, self._function = name, library[f"launch_{name}"]
         self.max_dynamic_shared_size_bytes = 0
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         grid, block = ((*shape, 1, 1)[:3] for shape in (grid, block))
-        if max(grid[1:]) > 65535 or grid[0] > 0x7FFFFFFF or int(np.prod(block)) > 1024:
+        if max(grid[1:]) > 65535 or grid[0] > 0x7FFFFFFF or int(np.prod(block)) > 1024 or min(*grid, *block) < 1:
             raise ValueError(f"CUDA_ERROR_INVALID_VALUE: grid {grid}, block {block}")
+        if LANES > 1 and block[0] % LANES:
+            raise ValueError(f"blocks of {block} are no whole warps of {LANES} lanes")
         if any(isinstance(x, ndarray) and x.device != cuda.Device() for x in args):
             raise ValueError("an array is not on the current device")
         given = [_argument(x) for x in args]
-        place = [(ctypes.c_uint * 3).in_dll(self._library, f"the_{name}") for name in ("grid", "block", "threads")]
-        place[2][:] = block
-        dims = (ctypes.c_uint * 3).in_dll(self._library, "the_blocks")
-        dims[:] = grid
-        for at in np.ndindex(*grid[::-1]):
-            place[0][:] = at[::-1]
-            for thread in np.ndindex(*block[::-1]):
-                place[1][:] = thread[::-1]
-                self._function(*given)
+        pointers = (ctypes.c_void_p * len(given))(*map(ctypes.addressof, given))
+        sizes = (ctypes.c_int * len(given))(*map(ctypes.sizeof, given))
+        with _one_launch:
+            wrong = self._function(pointers, sizes, len(given), (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block))
+        if wrong == -2:
+            raise RuntimeError(f"the lanes of a warp of {self._name} do not meet at the same barriers")
+        if wrong:
+            which = f"{len(given)} arguments" if wrong < 0 else f"argument {wrong} of {sizes[wrong - 1]} bytes"
+            raise TypeError(f"{self._name} does not take {which}")
 
 
 def _argument(x):
@@ -90,16 +100,19 @@ def _compiler():
 def _built(code, options, expressions):
     header = _HEADER.read_text()
     kept = [option for option in options if option.startswith(("-D", "--define-macro"))]
-    body = "\n".join([f'#include "{_HEADER}"', code])
-    body += "".join(f"\nauto *expression_{n} = &{name};" for n, name in enumerate(expressions))
-    key = hashlib.sha256("\0".join([header, body, *kept]).encode()).hexdigest()[:24]
+    # Without a name expression CuPy finds what is declared extern "C" alone.
+    names = {name: name for name in re.findall(r'extern\s+"C"\s+__global__\s+void\s+(\w+)\s*\(', code)}
+    names |= {f"expression_{n}": name for n, name in enumerate(expressions)}
+    body = "\n".join([f'#include "{_HEADER}"', code, *(_LAUNCH.format(*pair) for pair in names.items())])
+    key = hashlib.sha256("\0".join([header, body, str(LANES), *kept]).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"cupy-stand-in-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     library = folder / f"{key}.so"
     if not library.exists():
         source, made = (folder / f"{key}.{os.getpid()}.{ending}" for ending in ("cpp", "so"))
         source.write_text(body)
-        command = [*_compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DLANES=1", *kept, "-o", made, source]
+        lanes = f"-DLANES={LANES}"
+        command = [*_compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", lanes, *kept, "-o", made, source]
         run = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if run.returncode:
             raise RuntimeError(f"the kernel does not compile:\n{run.stderr}")
