@@ -89,7 +89,7 @@ extern "C" __global__ void weigh(
         }
     }
     top = largest_of_row(top);
-    if (seen && !(old_top < top)) top = old_top;
+    if (seen && old_top > top) top = old_top;
     const WIDE reference = top == NOTHING ? WIDE(0) : top;
     WIDE sums = 0;
 #pragma unroll

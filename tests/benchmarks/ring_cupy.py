@@ -102,7 +102,6 @@ def main() -> None:
 def ring_by(carrier: str) -> Any:
     """The ring whose blocks travel as asked for."""
     from ringcore_cupy import CupyTransport
-
     from ringcore_mpi import MpiTransport
 
     return CupyTransport(MpiTransport(COMM), carrier=carrier)

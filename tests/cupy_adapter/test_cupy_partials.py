@@ -31,9 +31,10 @@ def draw(seed, kind, shape=(2, 3, 40, 33), finished=False, garbage=True):
     total = np.broadcast_to(total, shape[:3]) if finished else total
     empty = rng.random(shape[:3]) < 0.2
     weighted[empty] = np.nan if garbage else 0
-    maximum[empty] = -np.inf
+    without_total = empty & (rng.random(shape[:3]) < 0.5) & (not finished)
+    maximum[empty & ~without_total] = -np.inf
     if not finished:
-        total[empty] = rng.choice([0.0, 3.0])  # either says so
+        total[empty], total[without_total] = np.nan, 0.0  # either maximum or total says so
     return Partial(weighted, maximum, total)
 
 
@@ -105,6 +106,12 @@ def test_rows_are_merged_in_place(kind, make, place):
         np.testing.assert_array_equal(kept, getattr(first, name)[outside])
 
 
+def test_a_part_alone_may_have_gaps():
+    first, second = draw(19, KINDS["float32"]), draw(20, KINDS["float32"])
+    out, *_ = partials.finished(on_gpu(first), np.float32, (PLACES["all"], on_gpu(second, spread)))
+    agree(out, merged(first, second).out, 2e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_partial_changes_nothing_bit_for_bit(kind):
     wide = wide_of(KINDS[kind])
@@ -112,8 +119,8 @@ def test_an_empty_partial_changes_nothing_bit_for_bit(kind):
     part.weighted[0, 0, 0, :3] = [-0.0, 0.0, 1e-7]
     part = Partial(
         part.weighted,
-        np.where(part.maximum == -np.inf, wide.type(3), part.maximum),
-        np.where(part.total == 0, wide.type(1), part.total),
+        np.where(part.seen, part.maximum, wide.type(3)),
+        np.where(part.seen, part.total, wide.type(1)),
     )
     nothing = Partial(*(np.full(x.shape, n, wide) for x, n in zip(fields(part), (np.nan, -np.inf, 0.0), strict=True)))
     for first, second in ((nothing, part), (part, nothing)):
@@ -124,14 +131,12 @@ def test_an_empty_partial_changes_nothing_bit_for_bit(kind):
             assert mine.tobytes() == due.tobytes()
 
 
-def test_two_empty_rows_are_an_empty_row():
-    nothing = [
-        Partial(
-            *(np.full(s, n) for s, n in zip([(1, 2, 3, 4), (1, 2, 3), (1, 2, 3)], (np.nan, -np.inf, 0.0), strict=True))
-        )
-        for _ in range(2)
-    ]
-    came = partials.merge_rows(on_gpu(nothing[0]), PLACES["all"], on_gpu(nothing[1]))
+@pytest.mark.parametrize("maximum", [-np.inf, 3.0])
+def test_two_empty_rows_are_an_empty_row(maximum):
+    def nothing():
+        return Partial(cupy.full((1, 2, 3, 4), np.nan), cupy.full((1, 2, 3), maximum), cupy.zeros((1, 2, 3)))
+
+    came = partials.merge_rows(nothing(), PLACES["all"], nothing())
     assert not bool(came.weighted.any())
     assert bool((came.maximum == -np.inf).all())
     assert not bool(came.total.any())
@@ -146,6 +151,7 @@ def test_poison_in_a_row_that_saw_a_key_shows():
             getattr(both[place], name)[0, 0, 0] = np.nan
             came = partials.merge_rows(on_gpu(both[0]), PLACES["all"], on_gpu(both[1]))
             assert bool(cupy.isnan(came.out[0, 0, 0]).all())
+            assert name != "maximum" or bool(cupy.isnan(came.maximum[0, 0, 0]))
             assert bool(cupy.isfinite(came.out[0, 0, 1:]).all())
 
 

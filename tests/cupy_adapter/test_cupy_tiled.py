@@ -164,24 +164,27 @@ def test_arrays_that_lie_anywhere(dtype, make):
     check(draw(3, dtype=dtype, band=Band(None, 4)), SIZES["small blocks"], make=make)
 
 
-def test_one_row_of_heads_serves_all():
+@pytest.mark.parametrize("axis", [1, 2])
+def test_one_head_or_row_serves_all(axis):
     case = draw(4, heads=2, key_heads=2)
-    case = replace(case, k=np.repeat(case.k[:, :1], 2, axis=1))
-    check(
-        case,
-        Tiled(),
-        make=lambda x: cupy.broadcast_to(cupy.asarray(x[:, :1]), x.shape) if x is case.k else cupy.asarray(x),
-    )
+    once = case.k[:, :1] if axis == 1 else case.k[:, :, :1]
+    case = replace(case, k=np.repeat(once, case.k.shape[axis], axis=axis))
+
+    def make(x):
+        return cupy.broadcast_to(cupy.asarray(once), x.shape) if x is case.k else cupy.asarray(x)
+
+    check(case, SIZES["small blocks"], make=make)
 
 
 @pytest.mark.parametrize("kernels", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("make", [cupy.asarray, heads_last, spread])
 def test_a_state_is_merged_into_in_place(make, kernels):
     case = draw(5, keys=40, band=Band(-9, 14), mask=(2, 4, 23, 40))
-    truth, state = (
-        attend(case),
-        Partial(*map(make, (np.full((2, 4, 23, 5), np.nan), np.full((2, 4, 23), -np.inf), np.zeros((2, 4, 23))))),
-    )
+    truth, rows = attend(case), (2, 4, 23)
+    # Either the maximum or the total says that a row saw nothing; what else stands there is not read.
+    maximum, total = np.full(rows, -np.inf), np.full(rows, np.nan)
+    maximum[:, :, ::2], total[:, :, ::2] = 900.0, 0.0
+    state = Partial(*map(make, (np.full((*rows, 5), np.nan), maximum, total)))
     for first, last in ((0, 3), (3, 4), (4, 29), (29, 40)):
         part = replace(
             case, k=case.k[:, :, first:last], v=case.v[:, :, first:last], mask=case.mask[..., first:last],
@@ -196,17 +199,17 @@ def test_a_state_is_merged_into_in_place(make, kernels):
     )
 
 
-def test_states_of_other_dtypes_and_of_one_total_for_all():
-    case = draw(6, dtype="float32")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_states_of_other_dtypes_and_of_one_total_for_all(kind):
+    case, rows = draw(6, dtype="float32"), (2, 4, 23)
     truth = attend(case)
-    ones = cupy.broadcast_to(cupy.ones((), dtype=np.float32), (2, 4, 23))
-    half = cupy.zeros((2, 4, 23, 5), dtype=np.float16)
-    came = forward(Tiled(), case, state=Partial(half, cupy.zeros((2, 4, 23), dtype=np.float32), ones))
-    due = ringcore.merge(
-        Partial(truth.weighted, truth.maximum, truth.total),
-        Partial(np.zeros((2, 4, 23, 5)), *[np.full((2, 4, 23), float(n)) for n in (0, 1)]),
-    )
+    ones = cupy.broadcast_to(cupy.ones((), dtype=np.float32), rows)
+    state = Partial(cupy.zeros((*rows, 5), dtype=kind), cupy.zeros(rows, dtype=np.float32), ones)
+    came = forward(Tiled(), case, state=state)
+    before = Partial(np.zeros((*rows, 5)), np.zeros(rows), np.ones(rows))
+    due = ringcore.merge(Partial(truth.weighted, truth.maximum, truth.total), before)
     agree(came.out, due.out, 3e-6)
+    agree(came.lse, due.lse, 3e-6)
     assert bool((ones == 1).all())
 
 
@@ -267,12 +270,12 @@ def test_large_logits(sign):
 
 
 def test_rows_without_a_sum_give_no_gradient():
-    case = draw(12)
+    case = draw(12, bias=(1, 4, 1, 31))
     truth = attend(case)
     maximum, total = truth.maximum.copy(), truth.total.copy()
     maximum[:, :, ::2], total[:, :, 1::2] = -np.inf, 0.0
     found = backward(Tiled(), case, replace(truth, maximum=maximum, total=total))
-    assert not any(bool(getattr(found, name).any()) for name in ("dq", "dk", "dv"))
+    assert not any(bool(getattr(found, name).any()) for name in ("dq", "dk", "dv", "dbias"))
 
 
 @pytest.mark.parametrize(("sides", "dtype"), [("one block", "bfloat16"), ("small blocks", "float64")])
