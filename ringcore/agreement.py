@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ringcore.arguments import Arguments
+from ringcore.arguments import Arguments, library_name
 from ringcore.errors import AgreementError, PeerError
 from ringcore.layout import Layout
 from ringcore.partial import device_kind
@@ -81,6 +81,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "width of q and k": q.shape[3],
         "width of v": v.shape[3],
         "dtype": arguments.dtype,
+        "library of the arrays": library_name(q),
         "kind of device": device_kind(q),
         "causal": arguments.causal,
         "window": arguments.window,

@@ -119,6 +119,23 @@ def check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:
     return left, right
 
 
+def library_name(x: Array) -> str:
+    """The bare name of the library of x: "numpy", "torch", "cupy", ..."""
+    name: str = namespace(x).__name__
+    return name.removeprefix("array_api_compat.").partition(".")[0]
+
+
+def conversion(due: str, came: str) -> str:
+    """How arrays of the library ``came`` become those of ``due``."""
+    if {due, came} == {"cupy", "torch"}:
+        detached = "x.detach()" if came == "torch" else "x"
+        return (
+            f"On one GPU {due}.from_dlpack({detached}) gives an array of {came} to {due} without a copy, and "
+            f"{came}.from_dlpack gives results back; nothing is converted unasked. Torch's autograd does not see through."
+        )
+    return f"Convert them to one first, for example with {due}'s from_dlpack."
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise KeywordError unless ``value`` is True or False, also as NumPy's scalar."""
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
@@ -153,11 +170,11 @@ def _check_arrays(arrays: dict[str, Any]) -> None:
     libraries = {}
     for name, x in given.items():
         check_array(name, x)
-        libraries[name] = namespace(x).__name__.removeprefix("array_api_compat.")
+        libraries[name] = library_name(x)
     if len(set(libraries.values())) > 1:
+        other = next(name for name in libraries.values() if name != libraries["q"])
         raise DeviceError(
-            f"the arrays belong to different libraries ({_listed(libraries)}). Convert them to one first, "
-            "for example with that library's from_dlpack."
+            f"the arrays belong to different libraries ({_listed(libraries)}). {conversion(libraries['q'], other)}"
         )
     devices = {name: str(array_api_compat.device(x)) for name, x in given.items()}
     if len(set(devices.values())) > 1:

@@ -14,11 +14,13 @@ from ringcore.arguments import (
     check_arguments,
     check_array,
     check_detached,
+    conversion,
     is_integer,
+    library_name,
     swap_axes,
     within_range,
 )
-from ringcore.discovery import choose_kernels, find_arithmetic, find_transport, library
+from ringcore.discovery import choose_kernels, find_arithmetic, find_transport
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, TransportError
 from ringcore.layout import Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
@@ -73,7 +75,7 @@ class Call:
             if known.local is None:
                 known.local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
             return Prepared(arguments, known.local, known.kernels)
-        transport = find_transport(self.ring)
+        transport = find_transport(self.ring, like=q)
 
         def check() -> tuple[tuple[Arguments, Known], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
@@ -259,11 +261,8 @@ def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Arr
     check_detached(dout=dout, dlse=dlse)
     for name, gradient, result in given:
         check_array(name, gradient)
-        if library(gradient) != library(result):
-            raise DeviceError(
-                f"{name} is an array of {library(gradient)}, but q one of {library(result)}. Convert it first, for "
-                "example with that library's from_dlpack."
-            )
+        if (came := library_name(gradient)) != (due := library_name(result)):
+            raise DeviceError(f"{name} is an array of {came}, but q one of {due}. {conversion(due, came)}")
         came, due = (str(array_api_compat.device(x)) for x in (gradient, result))
         if came != due:
             raise DeviceError(f"{name} is on the device {came}, but q on {due}. Move it there first.")

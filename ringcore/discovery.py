@@ -6,6 +6,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import array_api_compat
+
+from ringcore.arguments import library_name
 from ringcore.errors import KeywordError, MissingDependency, RingcoreError, UnsupportedError
 from ringcore.merge import StandardArithmetic
 from ringcore.partial import device_kind, dtype_name
@@ -56,15 +59,30 @@ def choose_kernels(
 
 def find_arithmetic(q: Array) -> Arithmetic:
     """What merges and finishes partials of q's library: an adapter's own, or the array API standard's."""
-    point = _points("ringcore.arithmetic").get(library(q))
+    point = _points("ringcore.arithmetic").get(library_name(q))
     return StandardArithmetic() if point is None else _loaded_arithmetic(point.name)
 
 
-def find_transport(ring: Any) -> Transport:
+def find_transport(ring: Any, like: Any = None) -> Transport:
     """The transport for what the user gave as ``ring``: itself, or an adapter's for a communicator.
 
+    like: an array of those that travel. What carries host memory is then put under what carries this library's arrays,
+        if they have an adapter of their own. Nothing is sent for that; what is no array is left for the checks.
     Raises KeywordError if nothing knows this kind of object.
     """
+    transport = _host_transport(ring)
+    carry = _carrier(library_name(like)) if array_api_compat.is_array_api_obj(like) else None
+    return transport if carry is None else carry(transport)
+
+
+@lru_cache(maxsize=64)
+def _carrier(name: str) -> Callable[[Transport], Transport] | None:
+    """What carries arrays of this library over any transport, if it has an adapter for that."""
+    point = _points("ringcore.carriers").get(name)
+    return None if point is None else _load(point)
+
+
+def _host_transport(ring: Any) -> Transport:
     kind: type = type(ring)
     adapt = _transport_adapter(kind)
     if adapt is not None:
@@ -106,12 +124,6 @@ def _autograd_adapter(kind: type) -> str | None:
     return None
 
 
-def library(x: Array) -> str:
-    """The bare name of the library of x: "numpy", "torch", "cupy", ..."""
-    name: str = namespace(x).__name__
-    return name.removeprefix("array_api_compat.").partition(".")[0]
-
-
 def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | None:
     """What the kernels lack for this call, in words."""
     can = kernels.capabilities
@@ -136,7 +148,7 @@ def _lack(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
 
 def _elsewhere(libraries: frozenset[str], devices: frozenset[str], q: Array) -> str | None:
     """Why kernels for these libraries and kinds of device do not take q; an empty set is any."""
-    came, device = library(q), device_kind(q)
+    came, device = library_name(q), device_kind(q)
     if libraries and came not in libraries:
         return f"they take arrays of {', '.join(sorted(libraries))}, not of {came}"
     if devices and device not in devices:

@@ -65,7 +65,7 @@ class InPlace:
         reaches = self.transport.reaches
         fetched = {
             move: self.transport.fetch(
-                move.block, None if move.rows is None else slice_of(move.rows), self.plan.seen(move.block)
+                move.block, None if move.rows is None else slice_of(move.rows), self._seen(move.block)
             )
             for move, _ in receives
             if reaches(self.rank, move.block)
@@ -76,6 +76,12 @@ class InPlace:
             [(move, specs) for move, specs in receives if move not in fetched],
         )
         return _Both(fetched, messages)
+
+    def _seen(self, block: int) -> slice | None:
+        """The rows of a block that are ever read here: all of them where it goes on as a message."""
+        sends = (move for step in self.plan.steps for move in step.sends if move.block == block)
+        goes_on = any(not self.transport.reaches(move.peer, block) for move in sends)
+        return None if goes_on else self.plan.seen(block)
 
 
 class _Both:

@@ -79,7 +79,7 @@ def explain(
     arguments, chosen, passed = call.choose(q, k, v, bias, mask)
     where = f"local ring of {ring_size or 1} rank(s), all in this process"
     if ring is not None:
-        transport = find_transport(ring)
+        transport = find_transport(ring, like=arguments.q)
         if transport.size > 1:
             transport.check(arguments.q, arguments.k, arguments.v)
         where = transport_words(transport)

@@ -1,6 +1,7 @@
-"""CuPy: partials merged in one pass, and kernels in tiles over cuBLAS for what no fused kernel takes."""
+"""CuPy: partials in one pass, kernels over cuBLAS for what no fused kernel takes, and rings of GPUs over any ring."""
 
 from ringcore_cupy.memory import TileMemoryError
 from ringcore_cupy.tiled import Tiled
+from ringcore_cupy.transport import CupyTransport
 
-__all__ = ["TileMemoryError", "Tiled"]
+__all__ = ["CupyTransport", "TileMemoryError", "Tiled"]

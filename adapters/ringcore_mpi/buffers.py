@@ -14,11 +14,19 @@ from ringcore import Spec, UnsupportedError
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def check_array(x: Any) -> None:
+def check_array(x: Any, device_buffers: bool = False) -> None:
     """Refuse, by name, an array whose memory cannot be reached from here.
 
-    Raises UnsupportedError for anything but NumPy arrays and Torch tensors in host memory.
+    Raises UnsupportedError for anything but NumPy arrays and Torch tensors in host memory, and where MPI takes a GPU's
+    memory CuPy arrays.
     """
+    if array_api_compat.is_cupy_array(x):
+        if device_buffers:
+            return
+        raise UnsupportedError(
+            "an array of CuPy is in a GPU's memory, and this MPI library does not say that it takes that: given it all "
+            "the same it would end the process. ring=comm alone takes other ways for CuPy's arrays (extra ringcore[cupy])."
+        )
     if array_api_compat.is_numpy_array(x) and not x.dtype.hasobject:
         return
     if array_api_compat.is_torch_array(x):
@@ -39,6 +47,8 @@ def contiguous(x: Any) -> Any:
     """x itself if its elements lie in order without gaps, else a copy in which they do."""
     if array_api_compat.is_torch_array(x):
         return x.detach().contiguous()
+    if array_api_compat.is_cupy_array(x):
+        return x if x.flags.c_contiguous else x.copy(order="C")
     return np.ascontiguousarray(x)
 
 
@@ -48,6 +58,9 @@ def bytes_of(x: Any) -> Bytes:
         # The address works for every dtype and release of Torch; DLPack knows neither bfloat16 in NumPy nor, in
         # older releases, memory that may be written.
         return as_bytes(MPI.buffer.fromaddress(x.data_ptr(), x.nbytes))
+    if array_api_compat.is_cupy_array(x):
+        # For MPI alone, which looks where an address is: nothing on the host may touch these bytes.
+        return as_bytes(MPI.buffer.fromaddress(x.data.ptr, x.nbytes))
     flat: Bytes = x.reshape(-1).view(np.uint8)
     return flat
 

@@ -5,24 +5,27 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 from mpi4py import MPI
 
-_tasks: list[Callable[[], None]] = []
-_state = {"ending": False}
+_tasks: list[WeakMethod[Callable[[], None]]] = []
+_state = {"ending": False, "registered": False}
 
 
 def at_exit(task: Callable[[], None]) -> None:
-    """Run this before MPI ends, be it with the process or earlier, on this rank alone.
+    """Run this method before MPI ends, be it with the process or earlier, on this rank alone, if its object still lives.
 
     Nothing is freed together then: a rank that left early would keep the others waiting. The system takes back what
     windows hold, which have no name that could be left behind.
     """
-    if not _tasks:
+    if not _state["registered"]:
+        _state["registered"] = True
         atexit.register(_end)
         # MPI deletes the attributes of COMM_SELF first thing in MPI_Finalize.
         MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_end_of_mpi), True)
-    _tasks.append(task)
+    _tasks[:] = [known for known in _tasks if known() is not None]
+    _tasks.append(WeakMethod(task))
 
 
 def ending() -> bool:
@@ -32,8 +35,10 @@ def ending() -> bool:
 
 def _end() -> None:
     _state["ending"] = True
-    for task in _tasks:
-        task()
+    for known in _tasks:
+        task = known()
+        if task is not None:
+            task()
 
 
 def _end_of_mpi(comm: Any, keyval: int, value: Any) -> None:

@@ -13,6 +13,7 @@ from mpi4py import MPI
 from ringcore import Blocks, KeywordError, Move, RingTimeout, Spec, TransportError
 from ringcore_mpi.buffers import check_array, size_of
 from ringcore_mpi.circle import Circle
+from ringcore_mpi.device_memory import takes_device_memory
 from ringcore_mpi.ending import at_exit
 from ringcore_mpi.launcher import check_launcher
 from ringcore_mpi.line import FIRST_BLOCK_TAG, Line, give_way
@@ -33,10 +34,14 @@ class MpiTransport:
     shared: False sends messages within a machine too.
     progress: whether a thread moves messages on while tiles are computed. None starts one where a core is free: if
         OMP_NUM_THREADS is smaller than the rank's share of the machine's cores.
+    device_buffers: whether this MPI library takes a GPU's memory (it is "CUDA-aware"). None asks the library. Given
+        such memory, one that is not ends the process: say True only if you know, such as from your MPI's manual.
+        CuPy's arrays then go as messages; whatever computes or reads them must have ended before they are given.
 
     Making one is collective, and so is `close`. One call at a time: a second thread needs a ring of its own.
 
-    Attributes: rank, size, node, sharers as in `ringcore.Transport`; messages_sent and bytes_sent count blocks that
+    Attributes: rank, size, node, sharers as in `ringcore.Transport`; timeout in seconds; device_buffers, whether a
+    GPU's memory may be given; messages_sent and bytes_sent count blocks that
     left as messages, bytes_published those that were made readable in place.
     Raises TransportError if there is no ring to be had: COMM_NULL, an intercommunicator, a foreign launcher.
     """
@@ -49,10 +54,12 @@ class MpiTransport:
         timeout: float | None = None,
         shared: bool = True,
         progress: bool | None = None,
+        device_buffers: bool | None = None,
     ) -> None:
         check_communicator(comm)
-        patience = _timeout(timeout)
-        self._line = Line(_duplicate(comm, patience), patience)
+        self.timeout = _timeout(timeout)
+        self.device_buffers = takes_device_memory() if device_buffers is None else bool(device_buffers)
+        self._line = Line(_duplicate(comm, self.timeout), self.timeout)
         with self._line.operation("making the ring"):
             whole = Circle(self._line, range(self._line.size))
             self._places = find_places(self._line.comm, whole, node, shared)
@@ -79,9 +86,9 @@ class MpiTransport:
         return self._sharing.windows
 
     def check(self, *arrays: Any) -> None:
-        """Raise UnsupportedError unless all are NumPy's arrays or Torch's in host memory."""
+        """Raise UnsupportedError unless all are NumPy's arrays or Torch's in host memory, or CuPy's where MPI takes them."""
         for x in arrays:
-            check_array(x)
+            check_array(x, self.device_buffers)
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
@@ -96,8 +103,9 @@ class MpiTransport:
     ) -> Exchange:
         """Start all sends and receives; blocks stay untouched until the answer's wait returns.
 
-        Raises UnsupportedError for arrays other than NumPy's and Torch's in host memory.
+        Raises UnsupportedError for arrays that `check` refuses.
         """
+        self.check(*(x for _, blocks in sends for x in blocks), *(spec.like for _, specs in receives for spec in specs))
         with self._line.operation("exchange"):
             under_way = Exchange(self._line, self._progress, kind, sends, receives)
             self.messages_sent += under_way.messages

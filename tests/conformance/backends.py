@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from cases import Case, fused_cases, half_cases, half_layout_cases
+from launched import world
 
 import ringcore
 
@@ -106,6 +107,11 @@ class Cupy(Backend):
     """CuPy."""
 
     name = "cupy"
+
+    def __init__(self) -> None:
+        from cupy import cuda
+
+        cuda.Device(world()[0] % cuda.runtime.getDeviceCount()).use()
 
     @staticmethod
     def gpus() -> list[str]:
@@ -241,13 +247,58 @@ class MpiRing(ProcessRing):
         if comm == MPI.COMM_NULL:
             return None
         ring = comm if self.node_size is None else MpiTransport(comm, node=comm.rank // self.node_size)
-        return Group(comm.rank, ring, comm.allgather)
+        return Group(comm.rank, self.over(ring), comm.allgather)
+
+    def over(self, ring: Any) -> Any:
+        """What carries the arrays over the ring of processes."""
+        return ring
 
 
 class MpiNodesRing(MpiRing):
     """MPI processes as if on several machines."""
 
     node_size = 2
+
+
+class CupyRing(MpiRing):
+    """CuPy's arrays over MPI, all by the carrier that a subclass names."""
+
+    carrier: str
+
+    def over(self, ring: Any) -> Any:
+        from ringcore_cupy import CupyTransport
+
+        return CupyTransport(ring, carrier=self.carrier)
+
+
+class CupyIpcRing(CupyRing):
+    """As CUDA's handles between processes alone."""
+
+    carrier = "ipc"
+
+
+class CupyNcclRing(CupyRing):
+    """As NCCL's messages alone."""
+
+    carrier = "nccl"
+
+
+class CupyHostRing(CupyRing):
+    """Through pinned memory alone."""
+
+    carrier = "host"
+
+
+class CupyMpiRing(CupyRing):
+    """As MPI's messages from a GPU's memory, which the MPI library must know itself or RINGCORE_CUDA_AWARE=1 say."""
+
+    carrier = "mpi"
+
+    def over(self, ring: Any) -> Any:
+        from ringcore_mpi import MpiTransport
+
+        aware = True if os.environ.get("RINGCORE_CUDA_AWARE") == "1" else None
+        return super().over(MpiTransport(ring, device_buffers=aware))
 
 
 class GlooRing(ProcessRing):
@@ -286,7 +337,17 @@ class NcclRing(GlooRing):
         return None if found is None else replace(found, ring=TorchTransport(found.ring, carrier="nccl"))
 
 
-RINGS = {"local": LocalRing, "mpi": MpiRing, "mpi-nodes": MpiNodesRing, "gloo": GlooRing, "nccl": NcclRing}
+RINGS = {
+    "local": LocalRing,
+    "mpi": MpiRing,
+    "mpi-nodes": MpiNodesRing,
+    "cupy-ipc": CupyIpcRing,
+    "cupy-nccl": CupyNcclRing,
+    "cupy-mpi": CupyMpiRing,
+    "cupy-host": CupyHostRing,
+    "gloo": GlooRing,
+    "nccl": NcclRing,
+}
 
 
 def _call(backend, arrays, keywords, axes, wrt, **where):

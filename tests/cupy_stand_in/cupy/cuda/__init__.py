@@ -127,16 +127,24 @@ def alloc(size):
 
 class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
-        self.ptr = next(_numbers)
-        self.interprocess = interprocess
+        if interprocess and not disable_timing:
+            raise ValueError("Timing must be disabled for interprocess events")
+        self.ptr = runtime.eventCreateWithFlags(interprocess and runtime.eventInterprocess)
+
+    def __del__(self):
+        if getattr(self, "ptr", 0):
+            runtime.eventDestroy(self.ptr)
 
     def record(self, stream=None):
-        pass
+        runtime.eventRecord(self.ptr, (get_current_stream() if stream is None else stream).ptr)
 
     def synchronize(self):
-        pass
+        for work in runtime.events_work.get(self.ptr, ()):
+            work.result()
 
-    done = True
+    @property
+    def done(self):
+        return all(work.done() for work in runtime.events_work.get(self.ptr, ()))
 
 
 class Stream:
@@ -153,6 +161,8 @@ class Stream:
         return self
 
     def __enter__(self):
+        if self.device_id != Device().id:
+            raise RuntimeError("The device that the stream is created on does not match with the current device")
         _here.streams = [*getattr(_here, "streams", []), get_current_stream()]
         return self.use()
 
@@ -160,13 +170,15 @@ class Stream:
         _here.stream = _here.streams.pop()
 
     def record(self, event=None):
-        return event or Event()
+        event = event or Event()
+        event.record(self)
+        return event
 
     def wait_event(self, event):
-        pass
+        runtime.streamWaitEvent(self.ptr, event.ptr)
 
     def synchronize(self):
-        pass
+        runtime.streamSynchronize(self.ptr)
 
     def is_capturing(self):
         return False

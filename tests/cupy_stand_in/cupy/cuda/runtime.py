@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import mmap
 import os
 import tempfile
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ _maps = {}
 memcpyDeviceToDevice, memcpyDefault = 3, 4  # noqa: N816
 streamNonBlocking = 1  # noqa: N816
 CUDA_R_32F, CUDA_R_64F, CUDA_R_16F, CUDA_R_16BF = 0, 1, 2, 14
+eventBlockingSync, eventDisableTiming, eventInterprocess = 1, 2, 4  # noqa: N816
 
 
 class CUDARuntimeError(RuntimeError):
@@ -51,6 +54,8 @@ def getDevice():  # noqa: N802
 
 
 def malloc(size):
+    if size > int(os.environ.get("CUPY_STAND_IN_MEMORY", 1 << 40)):
+        raise CUDARuntimeError(2, "out of memory")
     file, path = tempfile.mkstemp(prefix=f"cupy-stand-in-{os.getpid()}-", dir=_FOLDER)
     os.truncate(file, max(1, size))
     memory = mmap.mmap(file, max(1, size))
@@ -64,7 +69,7 @@ def free(address):
     if not address:
         return
     _, path, _ = _maps.pop(address)
-    Path(path).unlink()
+    Path(path).unlink(missing_ok=True)
 
 
 def bytes_at(address, size):
@@ -76,6 +81,7 @@ def memcpy(target, source, size, kind):
 
 
 def memcpyAsync(target, source, size, kind, stream):  # noqa: N802
+    streamSynchronize(stream)
     ctypes.memmove(target, source, size)
 
 
@@ -92,6 +98,8 @@ def ipcGetMemHandle(address):  # noqa: N802
 
 
 def ipcOpenMemHandle(handle, flags=1):  # noqa: N802
+    if os.environ.get("CUPY_STAND_IN_CLOSED"):
+        raise CUDARuntimeError(801, "operation not supported")
     path = Path(_FOLDER) / handle.rstrip(b"\0").decode()
     if any(str(path) == mine and address in _maps for address, (_, mine, _) in _maps.items()):
         raise CUDARuntimeError(201, "invalid device context")  # a process cannot open its own
@@ -106,16 +114,49 @@ def ipcCloseMemHandle(address):  # noqa: N802
     del opened[address]
 
 
+@atexit.register
+def _taken_back():
+    """What a process had is the system's again when it ends."""
+    for path in (*_shared_events.values(), *(Path(path) for _, path, _ in _maps.values())):
+        path.unlink(missing_ok=True)
+
+
 opened = {}
 """What this process opened and did not close."""
 
 
 def ipcGetEventHandle(event):  # noqa: N802
-    return str(event).encode().ljust(_HANDLE, b"\0")
+    if event not in _shared_events:
+        raise CUDARuntimeError(400, "invalid resource handle")  # made without the flag
+    return f"{_shared_events[event].name}".encode().ljust(_HANDLE, b"\0")
 
 
 def ipcOpenEventHandle(handle):  # noqa: N802
-    return int(handle.rstrip(b"\0"))
+    path = Path(_FOLDER) / handle.rstrip(b"\0").decode()
+    if path in _shared_events.values():
+        raise CUDARuntimeError(201, "invalid device context")
+    event = next(_numbers)
+    opened_events[event] = path
+    return event
+
+
+opened_events = {}
+"""Events of other processes that this one opened and did not destroy."""
+_shared_events = {}  # of this process: a file each, which is not empty once the event was recorded
+_numbers = count(1 << 32)
+
+
+def eventCreateWithFlags(flags):  # noqa: N802
+    event = next(_numbers)
+    if flags & eventInterprocess:
+        file, path = tempfile.mkstemp(prefix=f"cupy-stand-in-event-{os.getpid()}-", dir=_FOLDER)
+        os.close(file)
+        _shared_events[event] = Path(path)
+    return event
+
+
+def eventQuery(event):  # noqa: N802
+    return 0
 
 
 def deviceSynchronize():  # noqa: N802
@@ -123,19 +164,34 @@ def deviceSynchronize():  # noqa: N802
 
 
 def streamSynchronize(stream):  # noqa: N802
-    pass
+    for work in streams_work.pop(stream, ()):
+        work.result()
 
 
 def streamWaitEvent(stream, event, flags=0):  # noqa: N802
-    pass
+    if event in opened_events and not opened_events[event].stat().st_size:
+        raise AssertionError("CUDA would not wait for an event of another process that was never recorded")
+    for work in events_work.get(event, ()):
+        work.result()
 
 
 def eventRecord(event, stream):  # noqa: N802
-    pass
+    if event in _shared_events:
+        _shared_events[event].write_bytes(b"recorded")
+    events_work[event] = [work for work in streams_work.get(stream, ()) if not work.done()]
 
 
 def eventDestroy(event):  # noqa: N802
-    pass
+    events_work.pop(event, None)
+    if event in _shared_events:
+        _shared_events.pop(event).unlink(missing_ok=True)
+    opened_events.pop(event, None)
+
+
+streams_work = {}
+"""What NCCL was given to do on each stream, as futures: all else is done at once."""
+events_work = {}
+"""What each event stands behind."""
 
 
 def setDevice(number):  # noqa: N802
