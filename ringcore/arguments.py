@@ -131,7 +131,8 @@ def conversion(due: str, came: str) -> str:
         detached = "x.detach()" if came == "torch" else "x"
         return (
             f"On one GPU {due}.from_dlpack({detached}) gives an array of {came} to {due} without a copy, and "
-            f"{came}.from_dlpack gives results back; nothing is converted unasked. Torch's autograd does not see through."
+            f"{came}.from_dlpack gives results back; Torch's autograd does not see through. Nothing is converted "
+            "unasked."
         )
     return f"Convert them to one first, for example with {due}'s from_dlpack."
 

@@ -15,7 +15,7 @@ from ringcore.partial import device_kind, dtype_name
 from ringcore.probation import fault
 from ringcore.protocols import Arithmetic, Kernels, Transport
 from ringcore.tile import ReferenceKernels
-from ringcore.values import Array, namespace
+from ringcore.values import Array
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

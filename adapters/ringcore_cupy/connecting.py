@@ -81,8 +81,8 @@ def connect(host: Transport) -> tuple[Connection | None, str]:
     thread.join(patience(host))
     if thread.is_alive():
         raise RingTimeout(
-            f"rank {host.rank} waited {patience(host):g} s for all ranks to make their NCCL communicators. A rank may be "
-            "stuck or gone, or NCCL finds no network between them (NCCL_DEBUG=INFO says more)."
+            f"rank {host.rank} waited {patience(host):g} s for all ranks to make their NCCL communicators. A rank may "
+            "be stuck or gone, or NCCL finds no network between them (NCCL_DEBUG=INFO says more)."
         )
     said = f"rank {host.rank}: {failed[0]}" if failed else ""
     errors = [error for error in gathered(host, said) if error]

@@ -17,7 +17,7 @@ _ALIGNED = 256  # bytes between the starts of arrays
 
 def size_of(spec: Spec) -> int:
     """The bytes of an array like this."""
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+    return math.prod(spec.shape) * int(np.dtype(spec.dtype).itemsize)
 
 
 def starts(specs: Sequence[Spec]) -> list[int]:

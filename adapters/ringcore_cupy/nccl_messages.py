@@ -1,11 +1,11 @@
 """Blocks as NCCL's messages, on a stream beside the kernels.
 
 What is posted on a communicator runs one after the other, and a send ends only when its receiver comes to it. So all
-ranks post in one order: the visiting blocks of a step as one group, then that step's accumulators as one. Those leave at
-the end of the step before, but every rank would then wait with its send for a neighbour that waits with its own: a send
-is kept until this rank asks for accumulators itself, and both are one group; or, as there may be none to ask for, until
-it is about to wait for something that was begun later. Accumulators that go home are posted last of all: they are
-asked for first, and sent at any step.
+ranks post in one order: the visiting blocks of a step as one group, then that step's accumulators as one. Those leave
+at the end of the step before, but every rank would then wait with its send for a neighbour that waits with its own: a
+send is kept until this rank asks for accumulators itself, and both are one group; or, as there may be none to ask for,
+until it is about to wait for something that was begun later. Accumulators that go home are posted last of all: they
+are asked for first, and sent at any step.
 
 NCCL itself has no deadline. So ranks tell each other by tokens, messages of one byte over the host's transport, that
 they have posted, and a stream is made to wait only for what both sides have: a rank that failed or is late is then an

@@ -178,7 +178,7 @@ class PeerMemory:
         region.wait(move.peer, event, cupy.cuda.get_current_stream())
         if number is not None:
             self._taken = move.peer, move.block, number % 2
-        found = []
+        found: list[Any] = []
         for place, (spec, start) in enumerate(zip(specs, starts(specs), strict=False)):
             found += _arrays(region, self._place(number) + start, [spec], first=bool(flags >> place & 1))
         return tuple(found)

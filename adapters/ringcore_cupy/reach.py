@@ -122,8 +122,8 @@ def _without_nccl(notes: Sequence[dict[str, Any]]) -> str:
     shared = [rank for rank, gpu in enumerate(gpus) if gpus.count(gpu) > 1]
     if shared:
         return (
-            f"the ranks {shared} share a GPU, and NCCL wants one for each. Call cupy.cuda.Device(number).use() with the "
-            "rank's number on its machine before arrays are made."
+            f"the ranks {shared} share a GPU, and NCCL wants one for each. Call cupy.cuda.Device(number).use() with "
+            "the rank's number on its machine before arrays are made."
         )
     lacking = [rank for rank, note in enumerate(notes) if not note["nccl"]]
     return (

@@ -22,28 +22,28 @@ class CupyTransport:
     host: a transport of NumPy's arrays, or what `ringcore.ring_attention` takes for one, such as MPI.COMM_WORLD. It
         carries notes, and blocks where the GPUs cannot. It stays the user's, with its deadline and its ranks.
     carrier: how blocks travel. "ipc": GPUs of one node copy from and to each other's memory; "nccl": as NCCL's
-        messages; "mpi": the host transport takes them from the GPU's memory, if its ``device_buffers`` says that it can;
-        "host": through pinned memory of the host. None takes for each pair of ranks the first of these that can.
+        messages; "mpi": the host transport takes them from the GPU's memory, if its ``device_buffers`` says that it
+        can; "host": through pinned memory of the host. None takes for each pair of ranks the first of these that can.
 
     Making one sends nothing. The ranks' GPUs are those that are current at the first call, where the arrays must be;
     several ranks may share one, but not with "nccl". One call at a time: a second thread needs a ring of its own.
 
     Attributes: rank, size, node, sharers as in `ringcore.Transport`.
-    Raises KeywordError for a carrier that there is not; the first call raises UnsupportedError, on every rank and before
-    anything is sent, for one that cannot carry between these ranks.
+    Raises KeywordError for a carrier that there is not; the first call raises UnsupportedError, on every rank and
+    before anything is sent, for one that cannot carry between these ranks.
     """
 
     def __init__(self, host: Any, *, carrier: str | None = None) -> None:
         check_carrier(carrier)
-        self._use(find_transport(host))
-        self._carriers = Carriers(proxy(self._host), carrier)
+        found = find_transport(host)
+        self._use(found, Carriers(proxy(found), carrier))
 
-    def _use(self, host: Transport) -> None:
+    def _use(self, host: Transport, carriers: Carriers) -> None:
         if isinstance(host, CupyTransport):
             raise UnsupportedError(
                 "the host of the ring is a CupyTransport; give the ring of processes that is under it."
             )
-        self._host = host
+        self._host, self._carriers = host, carriers
         self.rank, self.size, self.node, self.sharers = host.rank, host.size, host.node, host.sharers
 
     @property
@@ -67,8 +67,8 @@ class CupyTransport:
         for x in arrays:
             if not array_api_compat.is_cupy_array(x):
                 raise UnsupportedError(
-                    f"an array is a {type(x).__module__}.{type(x).__qualname__}; this ring carries CuPy's. Give the ring "
-                    "of processes itself, which takes what carries arrays of each library."
+                    f"an array is a {type(x).__module__}.{type(x).__qualname__}; this ring carries CuPy's. Give the "
+                    "ring of processes itself, which takes what carries arrays of each library."
                 )
             due, came = cupy.cuda.Device().id, x.device.id
             if came != due:
@@ -152,6 +152,5 @@ def carry(host: Transport) -> Transport:
     if carriers is None:
         carriers = _rings[host] = Carriers(proxy(host), None)
     ring = CupyTransport.__new__(CupyTransport)
-    ring._use(host)
-    ring._carriers = carriers
+    ring._use(host, carriers)
     return ring

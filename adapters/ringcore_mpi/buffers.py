@@ -24,8 +24,8 @@ def check_array(x: Any, device_buffers: bool = False) -> None:
         if device_buffers:
             return
         raise UnsupportedError(
-            "an array of CuPy is in a GPU's memory, and this MPI library does not say that it takes that: given it all "
-            "the same it would end the process. ring=comm alone takes other ways for CuPy's arrays (extra ringcore[cupy])."
+            "an array of CuPy is in a GPU's memory, which this MPI library does not say that it takes: given it all "
+            "the same it would end the process. Over ringcore_cupy.CupyTransport(comm) such arrays take other ways."
         )
     if array_api_compat.is_numpy_array(x) and not x.dtype.hasobject:
         return

@@ -14,7 +14,7 @@ _state = {"ending": False, "registered": False}
 
 
 def at_exit(task: Callable[[], None]) -> None:
-    """Run this method before MPI ends, be it with the process or earlier, on this rank alone, if its object still lives.
+    """Run this method before MPI ends, be it with the process or earlier, on this rank alone, if its object lives.
 
     Nothing is freed together then: a rank that left early would keep the others waiting. The system takes back what
     windows hold, which have no name that could be left behind.

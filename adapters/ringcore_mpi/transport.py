@@ -41,8 +41,8 @@ class MpiTransport:
     Making one is collective, and so is `close`. One call at a time: a second thread needs a ring of its own.
 
     Attributes: rank, size, node, sharers as in `ringcore.Transport`; timeout in seconds; device_buffers, whether a
-    GPU's memory may be given; messages_sent and bytes_sent count blocks that
-    left as messages, bytes_published those that were made readable in place.
+    GPU's memory may be given; messages_sent and bytes_sent count blocks that left as messages, bytes_published those
+    that were made readable in place.
     Raises TransportError if there is no ring to be had: COMM_NULL, an intercommunicator, a foreign launcher.
     """
 
@@ -86,7 +86,7 @@ class MpiTransport:
         return self._sharing.windows
 
     def check(self, *arrays: Any) -> None:
-        """Raise UnsupportedError unless all are NumPy's arrays or Torch's in host memory, or CuPy's where MPI takes them."""
+        """Raise UnsupportedError unless all are NumPy's arrays, or Torch's in host memory, or CuPy's where MPI can."""
         for x in arrays:
             check_array(x, self.device_buffers)
 
