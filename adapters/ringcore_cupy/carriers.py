@@ -11,7 +11,7 @@ from ringcore import Blocks, Move, Spec, Transport, UnsupportedError
 from ringcore_cupy.connecting import connect
 from ringcore_cupy.nccl_messages import NcclMessages
 from ringcore_cupy.peer_memory import PeerMemory
-from ringcore_cupy.reach import HOST, IPC, MPI, NCCL, Ways, find_ways
+from ringcore_cupy.reach import HOST, MPI, NCCL, Ways, find_ways
 from ringcore_cupy.staging import DeviceMessages, Staging
 from ringcore_cupy.streams import Together
 
@@ -91,6 +91,7 @@ class Carriers:
     ) -> Together:
         """Start all sends and receives, each pair of ranks by what it has."""
         parts: list[Any] = []
+        homecoming = any(move.block == self._host.rank for move, _ in receives)
         near = self._near if self._in_place else None
         if near is not None:
             near.tell_taken()
@@ -105,6 +106,8 @@ class Carriers:
         if self._far is not None:
             # First, and also where it has nothing to do: it may keep what a peer needs before this rank may wait.
             parts.insert(0, self._far.exchange(kind, sends, receives))
+            if homecoming and isinstance(self._far, NcclMessages):
+                parts.insert(0, Rest(self._far))
         return Together(parts)
 
     def retire(self) -> None:
@@ -150,4 +153,12 @@ class Carriers:
         )
 
 
-__all__ = ["HOST", "IPC", "MPI", "NCCL", "Carriers"]
+class Rest:
+    """What NCCL kept until the end of a rank's steps; a `ringcore.Pending`."""
+
+    def __init__(self, messages: NcclMessages) -> None:
+        self._messages = messages
+
+    def wait(self) -> Mapping[Move, Blocks]:
+        """Nothing arrives."""
+        return self._messages.post_rest()

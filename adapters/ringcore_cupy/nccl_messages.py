@@ -100,15 +100,19 @@ class NcclMessages:
         if self._hop is not None and (self._hop.number < number or self._hop in groups):
             self._post_hop()
         if self._home is not None and self._home in groups:
-            self._post_hop()
-            self._post_home()
+            self.post_rest()
         for group in groups:
             self._heard(group)
 
-    def retire(self) -> None:
-        """The call's last: what the caller's stream is given from now on may overwrite all that was sent."""
+    def post_rest(self) -> Mapping[Move, Blocks]:
+        """Post all that was kept: no step of this rank follows, but peers may need it for theirs. Nothing arrives."""
         self._post_hop()
         self._post_home()
+        return {}
+
+    def retire(self) -> None:
+        """The call's last: what the caller's stream is given from now on may overwrite all that was sent."""
+        self.post_rest()
         for group in list(self._open):
             self._heard(group)
         if self._home is not None:

@@ -81,7 +81,7 @@ def memcpy(target, source, size, kind):
 
 
 def memcpyAsync(target, source, size, kind, stream):  # noqa: N802
-    streamSynchronize(stream)
+    _finish(stream)
     ctypes.memmove(target, source, size)
 
 
@@ -163,9 +163,13 @@ def deviceSynchronize():  # noqa: N802
     pass
 
 
-def streamSynchronize(stream):  # noqa: N802
+def _finish(stream):
     for work in streams_work.pop(stream, ()):
         work.result()
+
+
+def streamSynchronize(stream):  # noqa: N802
+    _finish(stream)
 
 
 def streamWaitEvent(stream, event, flags=0):  # noqa: N802
