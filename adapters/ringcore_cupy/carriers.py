@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 from cupy.cuda import runtime
 
-from ringcore import Blocks, Move, Spec, Transport, UnsupportedError
+from ringcore import Blocks, KeywordError, Move, Spec, Transport, UnsupportedError
 from ringcore_cupy.connecting import connect
 from ringcore_cupy.nccl_messages import NcclMessages
 from ringcore_cupy.peer_memory import PeerMemory
@@ -33,6 +34,7 @@ class Carriers:
         self._far_name = ""
         self._why: list[str] = []
         self._in_place = False
+        self._refusal: Callable[[], BaseException | None] = lambda: None
 
     @property
     def explain(self) -> str:
@@ -63,6 +65,10 @@ class Carriers:
         """How many bytes of blocks have left this rank."""
         return sum(carrier.bytes_sent for carrier in (self._near, self._far) if carrier is not None)
 
+    def refused(self, error: BaseException) -> bool:
+        """Whether that is an error that every rank came to by itself, after which the ring is as good as before."""
+        return error is self._refusal()
+
     def reaches(self, reader: int, owner: int) -> bool:
         """Whether ``reader`` can fetch what ``owner`` published."""
         return self._in_place and self._ways is not None and owner in self._ways.near[reader]
@@ -70,7 +76,16 @@ class Carriers:
     def publish(
         self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
     ) -> None:
-        """Begin a call. Collective. Raises UnsupportedError, on every rank, if nothing can carry."""
+        """Begin a call. Collective. Raises KeywordError or UnsupportedError, on every rank, if nothing can carry."""
+        try:
+            self._begin(blocks, specs, carried)
+        except (KeywordError, UnsupportedError) as error:
+            self._refusal = ref(error)
+            raise
+
+    def _begin(
+        self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
+    ) -> None:
         if self._ways is None:
             ways = find_ways(self._host, self._asked)
             if any(ways.near):

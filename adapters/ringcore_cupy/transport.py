@@ -40,9 +40,7 @@ class CupyTransport:
 
     def _use(self, host: Transport, carriers: Carriers) -> None:
         if isinstance(host, CupyTransport):
-            raise UnsupportedError(
-                "the host of the ring is a CupyTransport; give the ring of processes that is under it."
-            )
+            raise UnsupportedError("the host of the ring is a CupyTransport. Give the ring of processes under it.")
         self._host, self._carriers = host, carriers
         self.rank, self.size, self.node, self.sharers = host.rank, host.size, host.node, host.sharers
 
@@ -130,8 +128,9 @@ class CupyTransport:
 
     def abort(self, error: BaseException) -> None:
         """Tell every peer that this rank failed; the ring is of no use afterwards."""
-        self._host.abort(error)
-        self._carriers.abort()
+        if not self._carriers.refused(error):
+            self._host.abort(error)
+            self._carriers.abort()
 
     def close(self) -> None:
         """Free what this ring has on the GPUs; the host's transport stays. Collective.

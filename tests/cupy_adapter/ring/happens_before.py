@@ -165,7 +165,9 @@ def traced(monkeypatch):
     around(cuda._Room, "__init__", after=pool)
 
     def pinned(found, *_):
-        TRACE.room(found.base if found.base is not None else found, found.ctypes.data, found.nbytes, threading.get_ident())
+        TRACE.room(
+            found.base if found.base is not None else found, found.ctypes.data, found.nbytes, threading.get_ident()
+        )
 
     around(cupyx, "empty_pinned", after=pinned)
 
