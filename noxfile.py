@@ -91,17 +91,35 @@ def triton(session: nox.Session) -> None:
     pytest(session, f"{folder}/test_interpreted.py", *session.posargs)
 
 
-@nox.session(name="cupy-stand-in")
-def cupy_stand_in(session: nox.Session) -> None:
-    """What is written for CuPy, over a stand-in that computes on the CPU; what only a GPU shows is not seen here."""
+def stand_in(session: nox.Session) -> None:
+    """What is written for CuPy runs over a stand-in that computes on the CPU; what only a GPU shows is not seen."""
     install(session, "test,mpich", *NVRTC)
     if shutil.which("c++") is None:
         session.install("ziglang")  # a compiler, for kernels in CUDA C
-    session.env["PYTHONPATH"] = "tests/cupy_stand_in"
+    # Its MPI takes a GPU's memory, which is the host's.
+    session.env.update(PYTHONPATH="tests/cupy_stand_in", CUPY_STAND_IN_DEVICES="4", RINGCORE_CUDA_AWARE="1")
+
+
+@nox.session(name="cupy-stand-in")
+def cupy_stand_in(session: nox.Session) -> None:
+    """CuPy's arrays in one process, without a GPU: kernels, partials, files, and the order of a ring's streams."""
+    stand_in(session)
     pytest(session, CONFORMANCE, "--backend", "cupy", *session.posargs)
     pytest(session, *CUPY_COMMANDS)
     session.env["CUPY_STAND_IN_LANES"] = "32"  # whole warps, as on a GPU: slower
-    pytest(session, "tests/cupy_adapter", "tests/cupy_gpu")
+    worlds = (f"--ignore=tests/{folder}" for folder in ("cupy_adapter/ring/world", "cupy_gpu/ring"))
+    pytest(session, "tests/cupy_adapter", "tests/cupy_gpu", *worlds)
+
+
+@nox.session(name="cupy-stand-in-ring")
+@nox.parametrize("ranks", [2, 3, 4])
+def cupy_stand_in_ring(session: nox.Session, ranks: int) -> None:
+    """Rings of CuPy's arrays over MPI, without a GPU: by CUDA IPC, NCCL, MPI's own, staged, and as the ranks choose."""
+    stand_in(session)
+    pytest(session, "tests/cupy_adapter/ring/world", ranks=ranks)
+    rings = ["mpi", "cupy-ipc", "cupy-nccl", "cupy-mpi", "cupy-host", *(["mpi-nodes"] if ranks > 2 else [])]
+    for ring in rings:
+        pytest(session, CONFORMANCE, "--backend", "cupy", "--ring", ring, *session.posargs, ranks=ranks)
 
 
 @nox.session
@@ -264,6 +282,15 @@ def cupy(session: nox.Session) -> None:
     pytest(session, "tests/cudnn_gpu", "tests/cupy_gpu")
     pytest(session, "tests/cupy_adapter", "--ignore=tests/cupy_adapter/compiled")
     pytest(session, CONFORMANCE, "--backend", "cupy")
+
+
+@nox.session(name="cupy-ring", default=False)
+def cupy_ring(session: nox.Session) -> None:
+    """A ring of 2 GPUs under mpiexec, by each carrier but MPI's own; fails without them."""
+    install(session, "test,mpich,cudnn", *(session.posargs or ["cupy-cuda13x", "nvidia-cudnn-cu13"]))
+    for ring in ("mpi", "cupy-nccl", "cupy-host"):
+        pytest(session, CONFORMANCE, "--backend", "cupy", "--ring", ring, ranks=2)
+    pytest(session, "tests/cupy_gpu/ring", ranks=2)
 
 
 @nox.session(name="torch-cuda", default=False)

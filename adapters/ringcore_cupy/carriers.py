@@ -134,7 +134,8 @@ class Carriers:
 
     def abort(self) -> None:
         """End a call that failed."""
-        for carrier in (self._near, self._far):
+        # What NCCL still waits for ends first: the streams that are then waited for may stand behind it.
+        for carrier in (self._far, self._near):
             if carrier is not None:
                 carrier.abort()
 

@@ -222,7 +222,7 @@ class PeerMemory:
                     self._region.record(event, cupy.cuda.get_current_stream())
                 note |= self._region.note()
         except runtime.CUDARuntimeError as error:
-            note["lacks"] = f"rank {self._host.rank} has no {size} bytes for it: {error}"
+            note["lacks"] = f"rank {self._host.rank} cannot share {size} bytes: {error}"
         notes = gathered(self._host, note)
         lacking = [str(note["lacks"]) for note in notes if note["lacks"]]
         if not lacking:

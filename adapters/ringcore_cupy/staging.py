@@ -25,7 +25,7 @@ class PinnedBytes(Spec):
 
     def empty(self) -> Any:
         """New memory that the system does not move."""
-        return cupyx.empty_pinned(self.shape, self.dtype)
+        return _memory(self.shape[0])
 
 
 class Staging:
@@ -123,7 +123,7 @@ class DeviceMessages:
 
 
 def _on_host(x: Any, stream: Any) -> Any:
-    memory = cupyx.empty_pinned((x.nbytes,), np.uint8)
+    memory = _memory(x.nbytes)
     if x.nbytes:
         runtime.memcpyAsync(memory.ctypes.data, x.data.ptr, x.nbytes, runtime.memcpyDefault, stream.ptr)
     return memory
@@ -134,6 +134,10 @@ def _on_device(memory: Any, spec: Spec, stream: Any) -> Any:
     if x.nbytes:
         runtime.memcpyAsync(x.data.ptr, memory.ctypes.data, x.nbytes, runtime.memcpyDefault, stream.ptr)
     return x
+
+
+def _memory(size: int) -> Any:
+    return cupyx.empty_pinned((max(1, size),), np.uint8)[:size]  # there is no page of 0 bytes
 
 
 def _pinned(size: int) -> PinnedBytes:

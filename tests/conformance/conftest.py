@@ -14,7 +14,7 @@ from launched import world
 def pytest_addoption(parser):
     group = parser.getgroup("conformance")
     group.addoption("--backend", default="numpy", choices=sorted(BACKENDS), help="the array library to test")
-    group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi: mpiexec; gloo, nccl: torchrun")
+    group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi, cupy-: mpiexec; gloo, nccl: torchrun")
     group.addoption("--cases", default="pairwise", choices=("few", "pairwise", "all"), help="how much of the table")
     group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
     group.addoption("--record", type=Path, help="add counts, hardware, versions and command to this JSON file")

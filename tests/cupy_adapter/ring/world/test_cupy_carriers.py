@@ -114,7 +114,7 @@ def test_a_carrier_that_there_is_not_is_refused_by_name(host):
 
 @pytest.mark.parametrize("where", ["all ranks", "one rank"])
 @pytest.mark.parametrize(
-    ("name", "value", "said"), [("CLOSED", "1", "cannot open the memory"), ("MEMORY", "1", "has no")]
+    ("name", "value", "said"), [("CLOSED", "1", "cannot open the memory"), ("MEMORY", "1", "cannot share")]
 )
 def test_without_shared_memory_blocks_take_another_way(host, variable, where, name, value, said):
     if where == "all ranks" or host.rank == 1:

@@ -34,6 +34,12 @@ def refused(call, error, words):
     assert type(caught.value) is (error if WORLD.rank == ODD else PeerError)
 
 
+def several(ring, kernels):
+    """A rank that already had all it needed hears of a failure in its next call."""
+    for _ in range(3):
+        run(ring, whole(), "striped", kernels=kernels)
+
+
 def other_gpu(host):
     return cupy.cuda.Device((cupy.cuda.Device().id + 1) % cupy.cuda.runtime.getDeviceCount())
 
@@ -70,7 +76,7 @@ def test_numpy_arrays_on_one_rank(host, odd):
     arrays = shards(whole(), host, "zigzag")[:3]
     if host.rank == odd:
         arrays = [cupy.asnumpy(x) for x in arrays]
-    with pytest.raises(AgreementError, match="the ranks disagree on library of the arrays: '(cupy|numpy)' on rank 0"):
+    with pytest.raises(AgreementError, match=r"the ranks disagree on library of the arrays: '(cupy|numpy)' on rank 0"):
         attend(host, *arrays)
     check(host)
 
@@ -88,8 +94,8 @@ def test_torch_tensors_beside_cupy_arrays(host):
         k = torch.zeros(k.shape, dtype=torch.float64)
     words = r"q: cupy, k: torch, v: cupy\)\. On one GPU cupy\.from_dlpack\(x\.detach\(\)\).*torch\.from_dlpack"
     refused(lambda: attend(host, q, k, v), DeviceError, words)
-    (_, pullback) = ringcore.ring_attention_vjp(q if host.rank < ODD else q, *shards(whole(), host, "zigzag")[1:3],
-                                                wrt=("q",), ring=host, kernels="reference")  # fmt: skip
+    whole_call = shards(whole(), host, "zigzag")[:3]
+    _, pullback = ringcore.ring_attention_vjp(*whole_call, wrt=("q",), ring=host, kernels="reference")
     dout = torch.zeros(q.shape, dtype=torch.float64) if host.rank == ODD else cupy.zeros(q.shape)
     refused(
         lambda: pullback(dout), DeviceError, r"dout is an array of torch, but q one of cupy\. On one GPU cupy\.from_d"
@@ -117,8 +123,7 @@ def test_a_kernel_that_fails_ends_the_ring_and_leaves_nothing(carrier, direction
     check(ring)
     kernels = scenes.Failing(ReferenceKernels(), host.rank == ODD, direction)
     with pytest.raises(ZeroDivisionError if host.rank == ODD else PeerError, match="a kernel failed"):
-        for _ in range(3):  # a rank that already had all it needed hears of it in its next call
-            run(ring, whole(), "striped", kernels=kernels)
+        several(ring, kernels)
     with pytest.raises(TransportError, match="this ring ended"):
         run(ring, whole())
     WORLD.Barrier()
@@ -142,9 +147,7 @@ def test_a_rank_that_is_late_is_a_timeout_on_all(carrier):
 
     started = time.monotonic()
     with pytest.raises((RingTimeout, PeerError), match="waited 1 s for"):
-        kernels = Late()
-        for _ in range(3):
-            run(ring, whole(), "striped", kernels=kernels)
+        several(ring, Late())
     assert time.monotonic() - started < 10
     WORLD.Barrier()
     host.close()
