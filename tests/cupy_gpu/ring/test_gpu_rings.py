@@ -18,13 +18,14 @@ WORLD = MPI.COMM_WORLD
 
 pytestmark = pytest.mark.skipif(WORLD.size < 2, reason="needs ranks")
 
-BUSY = cupy.RawKernel(
-    """extern "C" __global__ void busy(long long cycles) {
+
+def keep_busy(cycles):
+    """Work for the caller's stream that takes so many cycles of the GPU's clock: 1e9 are more than half a second."""
+    code = """extern "C" __global__ void busy(long long cycles) {
         long long start = clock64();
         while (clock64() - start < cycles) {}
-    }""",
-    "busy",
-)
+    }"""
+    cupy.RawKernel(code, "busy")((1,), (1,), (np.int64(cycles),))
 
 
 def draw(rows, seed=0, dtype=np.float64, width=8):
@@ -36,7 +37,7 @@ def dense(q, k, v, dout):
     """out, dq, dk, dv of causal attention, from whole matrices."""
     q, k, v, dout = (cupy.asarray(x.astype(np.float64)) for x in (q, k, v, dout))
     scale, rows = q.shape[-1] ** -0.5, q.shape[2]
-    scores = cupy.where(cupy.tri(rows, dtype=bool), q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    scores = cupy.where(cupy.tril(cupy.ones((rows, rows), bool)), q @ k.swapaxes(-1, -2) * scale, -np.inf)
     weights = cupy.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = weights @ v
@@ -73,7 +74,7 @@ def test_calls_that_queue_up_do_not_meet(ring):
     problems = [draw(1024, seed, np.float32, 64) for seed in range(12)]
     parts = [shards(arrays, ring) for arrays in problems]
     cupy.cuda.runtime.deviceSynchronize()
-    BUSY((1,), (1,), (np.int64(500_000_000),))
+    keep_busy(500_000_000)
     found = []
     for part in parts:
         found.append(run(ring, part))
@@ -88,7 +89,7 @@ def test_a_stream_of_the_users_own(ring, blocking):
     arrays = draw(512, dtype=np.float32, width=64)
     cupy.cuda.runtime.deviceSynchronize()
     with cupy.cuda.Stream(non_blocking=not blocking) as stream:
-        BUSY((1,), (1,), (np.int64(200_000_000),))
+        keep_busy(200_000_000)
         came = run(ring, shards(arrays, ring))
         stream.synchronize()
     check(ring, came, arrays, tolerance=2e-3)
@@ -104,7 +105,7 @@ def test_the_host_waits_for_no_gpu(host, carrier):
     WORLD.Barrier()
     before, after = cupy.cuda.Event(), cupy.cuda.Event()
     before.record()
-    BUSY((1,), (1,), (np.int64(3_000_000_000),))  # more than a second
+    keep_busy(3_000_000_000)
     start = time.monotonic()
     ringcore.ring_attention(q, k, v, ring=ring, layout="zigzag", causal=True)
     spent = time.monotonic() - start

@@ -204,3 +204,12 @@ def test_a_pullback_keeps_the_ring_of_its_call():
     del pullback, out, dq, dv
     gc.collect()
     assert not cupy.cuda.runtime.opened
+
+
+def test_mpi_takes_no_memory_of_a_gpu_that_it_does_not_know():
+    host = MpiTransport(WORLD, device_buffers=False)
+    with pytest.raises(
+        UnsupportedError, match=r"in a GPU's memory, which this MPI library.*ringcore_cupy\.CupyTransport"
+    ):
+        host.check(cupy.zeros(3))
+    host.close()
