@@ -114,7 +114,7 @@ class PeerMemory:
                 raise TransportError(f"accumulators go from rank {self._host.rank} to {self._next} and {move.peer}.")
             self._next, self._sent = move.peer, number + 1
             if number >= 2:
-                self._expected.pop(0).wait()
+                self._await_slot()
         flags = sum(1 << place for place, x in enumerate(blocks) if lies_rows_first(x))
         laid = tuple(x if lies_rows_first(x) else cupy.ascontiguousarray(x) for x in blocks)
         with self._pushing.behind_caller() as stream:
@@ -190,6 +190,10 @@ class PeerMemory:
     def _place(self, number: int | None) -> int:
         """Where accumulators lie in a region: those that come home, or those of a hop."""
         return self._home if number is None else self._home + (1 + number % 2) * self._slot
+
+    def _await_slot(self) -> None:
+        """Hear that the peer has recorded that the slot used two hops ago is free."""
+        self._expected.pop(0).wait()
 
     def _tell(self, move: Move, flags: int) -> Any:
         token = np.array([flags], np.uint8)

@@ -1,6 +1,8 @@
 """Streams wait for what they need: rings in threads, under the detector of races, and with each wait left out."""
 
 import contextlib
+import threading
+import time
 
 import cupy
 import numpy as np
@@ -91,6 +93,37 @@ def without_events(*names):
 
 def nothing(*args, **kwargs):
     pass
+
+
+def slowly(monkeypatch, *names):
+    """Record these events of one rank late, so that whoever is not told waits for the record before."""
+    original = region.Region.record
+
+    def record(self, name, stream):
+        if name in names and threading.current_thread().name == "rank 1":
+            time.sleep(0.2)
+        original(self, name, stream)
+
+    monkeypatch.setattr(region.Region, "record", record)
+
+
+@pytest.mark.parametrize(
+    ("events", "size", "change"),
+    [
+        (("ready",), 3, None),
+        (("taken 0", "taken 1"), 6, (peer_memory.PeerMemory, "_await_slot", lambda self: self._expected.pop(0))),
+    ],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_the_host_must_know_of_a_record(monkeypatch, events, size, change, told):
+    slowly(monkeypatch, *events)
+    if told:
+        assert not races(monkeypatch, size, "ipc", layout="striped")
+        return
+    if change is None:
+        gather = ThreadHost.gather
+        change = ThreadHost, "gather", lambda self, note: () if note == b"published" else gather(self, note)
+    assert races(monkeypatch, size, "ipc", layout="striped", left_out=change)
 
 
 def posted_at_once():

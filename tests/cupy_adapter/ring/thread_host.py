@@ -105,7 +105,7 @@ def in_threads(size, rank_of, *arguments):
             errors.append(error)
             world.failed.set()
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:

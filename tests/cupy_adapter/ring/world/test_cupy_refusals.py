@@ -124,6 +124,8 @@ def test_a_kernel_that_fails_ends_the_ring_and_leaves_nothing(carrier, direction
     kernels = scenes.Failing(ReferenceKernels(), host.rank == ODD, direction)
     with pytest.raises(ZeroDivisionError if host.rank == ODD else PeerError, match="a kernel failed"):
         several(ring, kernels)
+    if carrier == "ipc" and hasattr(cupy.cuda.runtime, "opened"):
+        assert not cupy.cuda.runtime.opened, "what peers shared is closed though the ring is kept"
     with pytest.raises(TransportError, match="this ring ended"):
         run(ring, whole())
     WORLD.Barrier()
@@ -142,13 +144,13 @@ def test_a_rank_that_is_late_is_a_timeout_on_all(carrier):
         def forward(self, *arrays, **keywords):
             if self.late:
                 self.late = False
-                time.sleep(2.5)
+                time.sleep(4)
             return super().forward(*arrays, **keywords)
 
     started = time.monotonic()
     with pytest.raises((RingTimeout, PeerError), match="waited 1 s for"):
         several(ring, Late())
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < (10 if host.rank == ODD else 3), "the GPU was waited for, not the host"
     WORLD.Barrier()
     host.close()
 
