@@ -30,7 +30,7 @@ PORTABLE = {"array_api_compat"}  # what layers 1 to 4 may import besides the sta
 TOP = {"pyproject.toml", "ringcore", "adapters", "tests", "docs", "noxfile.py", "README.md", "LICENSE"}
 # Imported by another name:
 IMPORTED = {"flash-attn-4": "flash_attn", "nvidia-cudnn-frontend": "cudnn", "cupy-cuda13x": "cupy"}
-BROUGHT = {"torch": ("triton",), "cupy-cuda13x": ("numpy",)}  # what a library brings where it is of use
+BROUGHT = {"torch": ("triton",), "cupy-cuda13x": ("cupyx", "numpy")}  # what a library brings where it is of use
 # Whose arrays kernels take beside what their extra lists: each imported in one file alone, which nothing else needs.
 BORDERS = {("ringcore_cudnn", "torch_arrays.py"): "torch", ("ringcore_cudnn", "cupy_arrays.py"): "cupy"}
 BUILT = {"build", "dist", "PKG-INFO", "__pycache__"}  # what a tree without git may hold as well

@@ -13,6 +13,7 @@ from ringcore_cupy.products import Matrices
 MOST_KEYS = 1024  # of a block: their scores are in the registers of one warp
 _LEAST_KEYS = 64
 _MOST_ROWS = 2048
+_ALIGNED = 8  # numbers from which on tensor cores load rows of a half type fast
 _FAR = 1 << 40  # a bound of a band that hides nothing
 
 
@@ -66,8 +67,9 @@ class Scratch:
     """Memory for the scores of one block and for weights of the inputs' dtype, which are one where the dtypes are."""
 
     def __init__(self, heads: int, sides: Sides, wide: Any, narrow: Any) -> None:
-        self._steps = heads, sides.keys, sides.rows * sides.keys
-        shape = heads, sides.rows, sides.keys
+        step = _aligned(sides.keys)
+        self._steps = heads, step, sides.rows * step
+        shape = heads, sides.rows, step
         self._kept: list[Array] = [cupy.empty(shape, dtype=wide)]
         if narrow != wide:
             self._kept.append(cupy.empty(shape, dtype=narrow))
@@ -86,7 +88,12 @@ class Scratch:
     def bytes(heads: int, sides: Sides, wide: Any, narrow: Any) -> int:
         """How many it takes."""
         each = wide.itemsize + (narrow.itemsize if narrow != wide else 0)
-        return int(heads * sides.rows * sides.keys * each)
+        return int(heads * sides.rows * _aligned(sides.keys) * each)
 
     def _matrices(self, x: Array) -> Matrices:
         return Matrices(int(x.data.ptr), x.dtype, *self._steps)
+
+
+def _aligned(keys: int) -> int:
+    """How far apart rows of so many keys lie."""
+    return -(-keys // _ALIGNED) * _ALIGNED
