@@ -69,6 +69,11 @@ class Carriers:
         """Whether that is an error that every rank came to by itself, after which the ring is as good as before."""
         return error is self._refusal()
 
+    @property
+    def bytes_published(self) -> int:
+        """How many bytes of blocks were made readable for other ranks."""
+        return 0 if self._near is None else self._near.bytes_published
+
     def reaches(self, reader: int, owner: int) -> bool:
         """Whether ``reader`` can fetch what ``owner`` published."""
         return self._in_place and self._ways is not None and owner in self._ways.near[reader]

@@ -56,7 +56,7 @@ class PeerMemory:
         self._told: list[Any] = []  # tokens that left
         self._expected: list[Any] = []  # tokens of slots that are free again
         self.lacking = ""
-        self.messages_sent = self.bytes_sent = 0
+        self.messages_sent = self.bytes_sent = self.bytes_published = 0
 
     def publish(
         self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
@@ -76,6 +76,7 @@ class PeerMemory:
                 for mine, x in zip(_arrays(region, 0, specs[self._host.rank], first=True), blocks, strict=True):
                     mine[...] = x
                 region.record("ready", stream)
+                self.bytes_published += sum(map(size_of, specs[self._host.rank]))
                 self._pushing.stream.wait_event(self._pulling.mark())
         self._host.gather(b"published")
         return True

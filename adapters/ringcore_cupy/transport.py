@@ -52,13 +52,18 @@ class CupyTransport:
 
     @property
     def messages_sent(self) -> int:
-        """How many arrays of blocks have left this rank; those that others read in place are not counted."""
+        """How many arrays of blocks have left this rank; those that others pull are not counted."""
         return self._carriers.messages_sent
 
     @property
     def bytes_sent(self) -> int:
-        """How many bytes of blocks have left this rank; those that others read in place are not counted."""
+        """How many bytes of blocks have left this rank; those that others pull are not counted."""
         return self._carriers.bytes_sent
+
+    @property
+    def bytes_published(self) -> int:
+        """How many bytes of blocks were made readable for other ranks."""
+        return self._carriers.bytes_published
 
     def check(self, *arrays: Any) -> None:
         """Raise UnsupportedError unless all are CuPy's arrays on the current device, which is this ring's."""

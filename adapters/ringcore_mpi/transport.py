@@ -58,7 +58,7 @@ class MpiTransport:
     ) -> None:
         check_communicator(comm)
         self.timeout = _timeout(timeout)
-        self.device_buffers = takes_device_memory() if device_buffers is None else bool(device_buffers)
+        self.device_buffers = _device_buffers(device_buffers)
         self._line = Line(_duplicate(comm, self.timeout), self.timeout)
         with self._line.operation("making the ring"):
             whole = Circle(self._line, range(self._line.size))
@@ -209,6 +209,14 @@ def _timeout(given: float | None) -> float:
         name = "RINGCORE_TIMEOUT" if given is None else "timeout"
         raise KeywordError(f"{name} is {text!r}; it must be a number of seconds above 0.")
     return seconds
+
+
+def _device_buffers(given: bool | None) -> bool:
+    if given is None:
+        return takes_device_memory()
+    if not isinstance(given, bool):  # a word that is taken for True would end the process
+        raise KeywordError(f"device_buffers is {given!r}; it must be True, False or None.")
+    return given
 
 
 def _duplicate(comm: Any, timeout: float) -> Any:

@@ -21,6 +21,7 @@ from ringcore.cli.request import Request, read_request
 from ringcore.cli.streaming import Streaming, rows_that_fit
 from ringcore.cli.summary import Share, lines_of, share_note, summary_of
 from ringcore.cli.tensors import Stored, read_rows
+from ringcore.discovery import find_transport
 from ringcore.errors import KeywordError
 from ringcore.protocols import Transport
 from ringcore.values import Array, Spec
@@ -105,6 +106,8 @@ def _compute(
         v.shape[3] * request.dtype.itemsize + request.wide.itemsize * options.wants_lse
     )
     enter = request.backend.enter
+    if transport is not None:  # what carries this library's arrays tells more than what carries notes
+        share.transport = find_transport(transport, like=enter(q[:, :, :0]))
     # A GPU is given all its work at once: a bar would say nothing of what is done.
     on_device = isinstance(request.backend, DeviceBackend)
     with (

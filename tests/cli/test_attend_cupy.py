@@ -61,6 +61,15 @@ def test_whole_arrays(tmp_path, dtype, axes):
     assert (summary["backend"], summary["transport"]) == ("cupy", "none")
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_ring_of_gpus(tmp_path, dtype, ranks):
+    arrays = qkv(rows=61, keys=61, dtype=dtype)
+    summary = attended(tmp_path, arrays, "--causal", ranks=ranks, dtype=dtype, causal=True)
+    assert "CUDA IPC" in summary["transport"]
+    assert summary["bytes_shared"] > 0
+
+
 PIECES = ["--device-memory", "12KB"]  # of some 30 KB
 
 

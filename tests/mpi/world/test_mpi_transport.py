@@ -80,6 +80,12 @@ def test_deadlines_are_above_nothing(comm, timeout):
         MpiTransport(comm, timeout=timeout)
 
 
+@pytest.mark.parametrize("word", ["no", 0, 1.0])
+def test_whether_mpi_takes_device_memory_is_said_plainly(comm, word):
+    with pytest.raises(ringcore.KeywordError, match="device_buffers is"):
+        MpiTransport(comm, device_buffers=word)
+
+
 def test_communicators_that_are_no_ring(comm):
     with pytest.raises(TransportError, match="COMM_NULL"):
         adapt(MPI.COMM_NULL)
