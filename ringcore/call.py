@@ -84,6 +84,9 @@ class Call:
             further(arguments)
             if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
+                reserve = getattr(known.kernels, "reserve", None)
+                if reserve is not None:
+                    reserve(arguments.q, arguments.k, arguments.v, gradient=self.gradient)
             if known.common is None:
                 wanted = sorted(self.wrt) if self.gradient else None
                 narrow = self.gradient and travels_narrow(arguments.k, known.kernels, transport.size)

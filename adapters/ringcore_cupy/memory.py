@@ -27,7 +27,7 @@ def told(rows: int, keys: int, heads: int, scratch: int) -> Iterator[None]:
         yield
     except OutOfMemoryError as exc:
         raise TileMemoryError(
-            f"a tile of {rows} rows x {keys} keys with {heads} heads needs a scratch of {scratch:,} bytes, for which "
-            f"the GPU has no room: {exc} Use a larger ring, or free memory with "
+            f"a tile of {rows} rows x {keys} keys with {heads} heads needs {scratch:,} bytes beside its arrays, for "
+            f"which the GPU has no room: {exc} Use a larger ring, or free memory with "
             "cupy.get_default_memory_pool().free_all_blocks()."
         ) from exc

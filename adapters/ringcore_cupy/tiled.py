@@ -67,6 +67,17 @@ class Tiled:
                 call.run(tile.band, sides, score.scale)
         return into
 
+    def reserve(self, q: Array, k: Array, v: Array, *, gradient: bool) -> None:
+        """Raise TileMemoryError if a tile of q and such a block finds no room for its scratch, sums and two blocks."""
+        wide, sides = accumulation(q), self._sides(q, k)
+        heads, rows, keys = q.shape[1], q.shape[2], k.shape[2]
+        scratch = Scratch.bytes(heads, sides, wide, q.dtype) * (2 if gradient else 1)
+        sums = q.shape[0] * heads * rows * max(q.shape[3], v.shape[3]) * wide.itemsize
+        sizes = [scratch, sums, *[k.nbytes + v.nbytes] * 2]
+        with q.device, told(rows, keys, heads, sum(sizes)):
+            held = [cupy.cuda.alloc(size) for size in sizes]
+            del held  # back to the pool, which has it for the tile
+
     def _sides(self, q: Array, k: Array) -> Sides:
         room = self._room // accumulation(q).itemsize
         return Sides.of(max(1, q.shape[1]), q.shape[2], k.shape[2], room, self._most_keys)

@@ -328,7 +328,7 @@ def test_work_goes_on_after_memory_ran_out():
     pool.set_limit(size=pool.used_bytes() + 4096)
     try:
         with pytest.raises(
-            TileMemoryError, match=r"64 rows x 64 keys with 4 heads needs a scratch of 1\d\d,\d{3} bytes"
+            TileMemoryError, match=r"64 rows x 64 keys with 4 heads needs 1\d\d,\d{3} bytes beside its arrays"
         ) as caught:
             Tiled().forward(*arrays, state=state, **terms(case))
     finally:

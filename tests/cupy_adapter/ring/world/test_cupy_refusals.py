@@ -13,7 +13,7 @@ from mpi4py import MPI
 import ringcore
 from ringcore import AgreementError, DeviceError, PeerError, RingTimeout, TransportError, UnsupportedError
 from ringcore.tile import ReferenceKernels
-from ringcore_cupy import CupyTransport
+from ringcore_cupy import CupyTransport, TileMemoryError
 from ringcore_mpi import MpiTransport
 
 WORLD = MPI.COMM_WORLD
@@ -153,6 +153,26 @@ def test_a_rank_that_is_late_is_a_timeout_on_all(carrier):
     assert time.monotonic() - started < (10 if host.rank == ODD else 3), "the GPU was waited for, not the host"
     WORLD.Barrier()
     host.close()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_too_little_memory_on_one_rank_leaves_the_ring_usable(host, gradient):
+    ring = CupyTransport(host)
+    arrays = shards(whole(), host, "zigzag")[:3]
+    keywords = {"ring": ring, "layout": "zigzag", "kernels": "cupy.cuda.tiled"}
+    call = ringcore.ring_attention_vjp if gradient else ringcore.ring_attention
+    call(*arrays, **keywords)
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    if host.rank == ODD:
+        pool.set_limit(size=pool.used_bytes() + 1024)
+    try:
+        words = r"a tile of \d+ rows x \d+ keys with \d+ heads needs [\d,]+ bytes beside its arrays"
+        refused(lambda: call(*arrays, **keywords), TileMemoryError, words)
+    finally:
+        pool.set_limit(size=0)
+    call(*arrays, **keywords)
+    ring.close()
 
 
 def test_memory_is_flat_after_1000_calls(host):
