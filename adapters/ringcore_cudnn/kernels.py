@@ -32,7 +32,7 @@ class CudnnFrontend:
         self.capabilities = Capabilities(
             name, dtypes=HALF, libraries=frozenset({library}), devices=devices, bias=False, softcap=False,
             bias_gradient=False, fused=True, half_gradients=True, bands="windows", preference=15, poison_rows=False,
-            largest_head=largest_head, head_multiple=_ALIGNED,
+            largest_head=largest_head,
         )  # fmt: skip
 
     def capturing(self) -> bool:
@@ -44,9 +44,10 @@ class CudnnFrontend:
         bias: None = None, mask: Array | None = None, state: None = None,
     ) -> Partial:  # fmt: skip
         """The tile's own partial; see `ringcore.Kernels`."""
-        term = self._term(mask, q, k)
-        k, v = seen_alone(mask, k, v)
+        term, width = self._term(mask, q, k), v.shape[3]
+        q, k, v = self._even(q, *seen_alone(mask, k, v))
         out, lse = self._attend(q, k, v, term, tile.band, score.scale)
+        out = self._cut(out, width)
         if mask is not None:
             return normalised(out, lse)
         xp = self._arrays.xp
@@ -60,18 +61,18 @@ class CudnnFrontend:
         lse: Array, dlse: Array | None,
     ) -> Gradients:  # fmt: skip
         """The tile's own gradients; see `ringcore.Kernels`."""
-        term = self._term(mask, q, k)
-        k, v = seen_alone(mask, k, v)
+        term, widths = self._term(mask, q, k), (q.shape[3], k.shape[3], v.shape[3])
+        dout, q, k, v, out = self._even(dout, q, *seen_alone(mask, k, v), out)
         found = self._pull_back(dout, q, k, v, out, lse, term, tile.band, score.scale)
         if dlse is None:
-            return Gradients(*found)
+            return Gradients(*map(self._cut, found, widths))
         # Scores get weights * (dout v - dout out): with v 1 and out 0, dlse in dout's place gives its part of them.
         xp = self._arrays.xp
         dlse = _in_first_column(dlse, q.dtype)
         ones = xp.ones((*k.shape[:3], _ALIGNED), dtype=q.dtype, device=array_api_compat.device(q))
         more = self._pull_back(dlse, q, k, ones, xp.zeros_like(dlse), lse, term, tile.band, score.scale)
         dq, dk = (xp.astype(x, xp.float32) + y for x, y in zip(found[:2], more[:2], strict=True))
-        return Gradients(dq, dk, found[2])
+        return Gradients(*map(self._cut, (dq, dk, found[2]), widths))
 
     def _attend(
         self, q: Array, k: Array, v: Array, term: Array | None, band: Band, scale: float
@@ -115,6 +116,25 @@ class CudnnFrontend:
                 problem, addresses, device=arrays.device(like), stream=arrays.stream(like),
                 allocate=lambda size: arrays.allocate(size, like),
             )  # fmt: skip
+
+    def _even(self, *arrays: Array) -> tuple[Array, ...]:
+        """The arrays with columns of 0 more, as many as cuDNN wants, which add nothing to scores or sums."""
+        return tuple(x if x.shape[3] % _ALIGNED == 0 else self._widened(x) for x in arrays)
+
+    def _widened(self, x: Array) -> Array:
+        width = x.shape[3]
+        wide = self._rows_like(x, width + -width % _ALIGNED)
+        wide[..., :width] = x
+        wide[..., width:] = 0
+        return wide
+
+    def _cut(self, x: Array, width: int) -> Array:
+        """x without columns past ``width``, in memory without gaps."""
+        if x.shape[3] == width:
+            return x
+        cut = self._arrays.empty((*x.shape[:3], width), x)
+        cut[...] = x[..., :width]
+        return cut
 
     def _term(self, mask: Array | None, q: Array, k: Array) -> Array | None:
         """What is added to the scores for a mask, as cuDNN loads it; rows that are all alike stay one."""

@@ -101,6 +101,8 @@ class Graph:
         for name in ("q", "k", "v", "o", "dO", "bias"):
             if name in terms:
                 terms[name].check_rows()
+            if name in terms and name != "bias" and terms[name].dim[3] % 8:
+                raise NotSupported(f"{name}: {terms[name].dim[3]} columns are no multiple of 8")
         for tensor in (*self.tensors, *self.results):
             assert tensor.uid is not None
             assert len(tensor.dim) == len(tensor.stride) == 4, tensor.name

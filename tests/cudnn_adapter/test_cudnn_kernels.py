@@ -67,6 +67,21 @@ def test_shapes(kernels, shape, causal, dtype):
     check(kernels, shape, dtype, causal=causal)
 
 
+@pytest.mark.parametrize("memory", ["bhsd", "bshd"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 2, 45, 45, 20, 20), (1, 4, 1, 60, 24, 5, 24), (1, 2, 1, 24, 60, 24, 3), (1, 1, 1, 1, 1, 3, 5)]
+)
+def test_widths_are_rounded_up_to_what_cudnn_takes(kernels, shape, masked, memory):
+    rows, keys = shape[3:5]
+    mask = {"mask": coins(1, 1, rows, keys)} if masked else {}
+    check(kernels, shape, memory=memory, causal=rows == keys, **mask)
+    q, k, v = (x.requires_grad_() for x in draw(torch.float16, *shape))
+    out = ringcore.ring_attention(q, k, v, kernels=kernels)
+    found = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(x.is_contiguous() for x in (out, *found))
+
+
 @pytest.mark.parametrize("keywords", [
     {"window": (5, 2)}, {"window": (4, None)}, {"window": (None, 3)}, {"window": (0, 0)}, {"causal": True, "window": (7, 0)},
     {"causal": True, "offset": 9}, {"causal": True, "offset": -7}, {"window": (10, 5), "offset": 20},
