@@ -251,11 +251,13 @@ class Prepared:
 
 def _signature(x: Any) -> Any:
     """All of an array that decides what may be done with it, but for its numbers and strides."""
-    return (
-        None
-        if x is None
-        else (type(x), tuple(x.shape), x.dtype, array_api_compat.device(x), getattr(x, "layout", None))
-    )
+    return None if x is None else (type(x), tuple(x.shape), x.dtype, _device(x), getattr(x, "layout", None))
+
+
+def _device(x: Array) -> Any:
+    """The device of x, as something that can be hashed: CuPy's cannot."""
+    device = array_api_compat.device(x)
+    return device if type(device).__hash__ is not None else str(device)
 
 
 def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Array) -> None:

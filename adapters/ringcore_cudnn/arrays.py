@@ -35,6 +35,10 @@ class Arrays(Protocol):
         """
         ...
 
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        """x where the condition holds and y elsewhere, in their dtype, a half type."""
+        ...
+
     def allocate(self, size: int, like: Array) -> tuple[int, Any]:
         """The address of so many bytes on the device of ``like``, and what keeps them until the stream is there."""
         ...

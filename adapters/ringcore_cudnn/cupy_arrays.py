@@ -50,6 +50,12 @@ class CupyArrays:
                 self._ones[device] = made
         return self._ones[device]
 
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        """x where the condition holds and y elsewhere, in their dtype: of bfloat16 CuPy itself makes float32."""
+        with self.on(x):
+            x_bits, y_bits = (number.view(cupy.uint16) for number in (x, y))
+            return cupy.where(condition, x_bits, y_bits).view(x.dtype)
+
     def allocate(self, size: int, like: Array) -> tuple[int, Any]:
         """The address of so many bytes, and what keeps them until the stream is there."""
         with self.on(like):
@@ -66,9 +72,11 @@ class CupyArrays:
 
     def on(self, x: Array) -> AbstractContextManager[Any]:
         """A context in which the device of x is the current one."""
-        context: AbstractContextManager[Any] = x.device
         # To enter one takes the host a tenth of a short tile's time; most often it is the current one.
-        return _NOTHING if x.data.device_id == cupy.cuda.runtime.getDevice() else context
+        if x.data.device_id == cupy.cuda.runtime.getDevice():
+            return _NOTHING
+        context: AbstractContextManager[Any] = x.device
+        return context
 
     def deterministic(self) -> bool:
         """CuPy has no such wish."""
@@ -88,7 +96,9 @@ def load(sharers: int = 1) -> CudnnFrontend:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError:
         count = 0
-    least = min((int(cupy.cuda.Device(n).compute_capability) // 10 for n in range(count)), default=0)
-    if least < _LEAST:
-        raise UnsupportedError(f"cuDNN's attention needs GPUs of compute capability {_LEAST} or more, not {least}.")
-    return CudnnFrontend(CupyArrays(), "cupy.cuda.cudnn", "cupy", frozenset({"cuda"}), 256 if least == _WIDE else 128)
+    found = [int(cupy.cuda.Device(n).compute_capability) // 10 for n in range(count)]
+    able = [capability for capability in found if capability >= _LEAST]
+    if not able:  # an old GPU beside others is found out on probation
+        raise UnsupportedError(f"cuDNN's attention needs GPUs of compute capability {_LEAST} or more, not {found}.")
+    widest = 256 if all(capability == _WIDE for capability in able) else 128
+    return CudnnFrontend(CupyArrays(), "cupy.cuda.cudnn", "cupy", frozenset({"cuda"}), widest)

@@ -45,11 +45,11 @@ class CudnnFrontend:
     ) -> Partial:  # fmt: skip
         """The tile's own partial; see `ringcore.Kernels`."""
         term, width = self._term(mask, q, k), v.shape[3]
-        q, k, v = self._even(q, *seen_alone(mask, k, v))
+        q, k, v = self._padded(q, *seen_alone(self._arrays, mask, k, v))
         out, lse = self._attend(q, k, v, term, tile.band, score.scale)
         out = self._cut(out, width)
         if mask is not None:
-            return normalised(out, lse)
+            return normalised(self._arrays, out, lse)
         xp = self._arrays.xp
         if math.prod(lse.shape) == 1:  # a row alone: others may take its total for memory of its own
             return Partial(out, lse, xp.ones_like(lse))
@@ -62,7 +62,7 @@ class CudnnFrontend:
     ) -> Gradients:  # fmt: skip
         """The tile's own gradients; see `ringcore.Kernels`."""
         term, widths = self._term(mask, q, k), (q.shape[3], k.shape[3], v.shape[3])
-        dout, q, k, v, out = self._even(dout, q, *seen_alone(mask, k, v), out)
+        dout, q, k, v, out = self._padded(dout, q, *seen_alone(self._arrays, mask, k, v), out)
         found = self._pull_back(dout, q, k, v, out, lse, term, tile.band, score.scale)
         if dlse is None:
             return Gradients(*map(self._cut, found, widths))
@@ -117,7 +117,7 @@ class CudnnFrontend:
                 allocate=lambda size: arrays.allocate(size, like),
             )  # fmt: skip
 
-    def _even(self, *arrays: Array) -> tuple[Array, ...]:
+    def _padded(self, *arrays: Array) -> tuple[Array, ...]:
         """The arrays with columns of 0 more, as many as cuDNN wants, which add nothing to scores or sums."""
         return tuple(x if x.shape[3] % _ALIGNED == 0 else self._widened(x) for x in arrays)
 
@@ -138,11 +138,11 @@ class CudnnFrontend:
 
     def _term(self, mask: Array | None, q: Array, k: Array) -> Array | None:
         """What is added to the scores for a mask, as cuDNN loads it; rows that are all alike stay one."""
-        return None if mask is None else self._aligned(added(q, mask, k.shape[2]))
+        return None if mask is None else self._aligned(added(self._arrays, q, mask, k.shape[2]))
 
     def _aligned(self, x: Array) -> Array:
         """x, or a copy if its rows do not begin at multiples of 16 bytes: cuDNN loads so many, and does not ask."""
-        if self._arrays.address(x) % _BYTES == 0 and _even(x.shape, self._arrays.strides(x)):
+        if self._arrays.address(x) % _BYTES == 0 and _rows_aligned(x.shape, self._arrays.strides(x)):
             return x
         width = x.shape[3]
         copy = self._arrays.empty((*x.shape[:3], width + -width % _ALIGNED), x)[..., :width]
@@ -178,7 +178,7 @@ def _operand(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype:
 
 
 @lru_cache(maxsize=1024)
-def _even(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _rows_aligned(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether all rows begin so many numbers, or a multiple, apart, and have no gaps."""
     return strides[3] == 1 and all(strides[axis] % _ALIGNED == 0 or shape[axis] == 1 for axis in range(3))
 

@@ -46,6 +46,10 @@ class TorchArrays:
                 self._ones[like.device] = torch.ones((), dtype=torch.float32, device="cpu").to(like.device)
         return self._ones[like.device]
 
+    def where(self, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """x where the condition holds and y elsewhere, in their dtype."""
+        return torch.where(condition, x, y)
+
     def allocate(self, size: int, like: Tensor) -> tuple[int, Any]:
         """The address of so many bytes, and what keeps them until the stream is there."""
         room = torch.empty(size, dtype=torch.uint8, device=like.device)

@@ -32,6 +32,9 @@ class HostArrays:
     def one(self, like):
         return self.kept
 
+    def where(self, condition, x, y):
+        return torch.where(condition, x, y)
+
     def allocate(self, size, like):
         room = torch.empty(size, dtype=torch.uint8)
         return room.data_ptr(), room

@@ -135,14 +135,14 @@ def wrapped(function):
     def ours(*args, **kwargs):
         taken = [_deep(x) for x in args]
         named = {name: _deep(x) for name, x in kwargs.items()}
-        devices = {x.device for x in (*args, *kwargs.values()) if isinstance(x, ndarray)}
+        devices = {x.device.id: x.device for x in (*args, *kwargs.values()) if isinstance(x, ndarray)}
         if len(devices) > 1:
             raise ValueError("Array device must be same as the current device")
         with np.errstate(all="ignore"):
             found = function(*taken, **named)
         if isinstance(kwargs.get("out"), ndarray):
             return kwargs["out"]
-        return _given(found, [x for x in taken if isinstance(x, np.ndarray)], next(iter(devices), None))
+        return _given(found, [x for x in taken if isinstance(x, np.ndarray)], next(iter(devices.values()), None))
 
     return ours
 
