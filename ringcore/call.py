@@ -139,6 +139,9 @@ class Call:
             softcap=self.softcap, query_offset=self.query_offset, key_lengths=self.key_lengths,
             layout=self.layout, axes=self.axes,
         )  # fmt: skip
+        check_library = getattr(find_arithmetic(arguments.q), "check_array", None)
+        if check_library is not None:
+            check_library(arguments.q)
         needs = arguments.needs
         if self.gradient:
             _check_wrt(self.wrt, bias)

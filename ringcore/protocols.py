@@ -74,7 +74,10 @@ class Kernels(Protocol):
 
 
 class Arithmetic(Protocol):
-    """How partials of one library are merged and finished, where it knows better than the array API standard."""
+    """How partials of one library are merged and finished, where it knows better than the array API standard.
+
+    It may have ``check_array(q)``, which raises for arrays with which its library could not compute.
+    """
 
     @property
     def merge_rows(self) -> Callable[[Partial, tuple[Any, ...], Partial], Partial]:

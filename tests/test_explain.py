@@ -49,7 +49,8 @@ def install(monkeypatch, **factories):
         name = attribute.replace("_", ".")
         points[name] = EntryPoint(name, f"planted:{attribute}", "ringcore.kernels")
     monkeypatch.setitem(sys.modules, "planted", module)
-    monkeypatch.setattr(discovery, "_points", {"ringcore.kernels": points}.__getitem__)
+    found = discovery._points
+    monkeypatch.setattr(discovery, "_points", lambda group: points if group == "ringcore.kernels" else found(group))
     discovery._loaded.cache_clear()
 
 

@@ -7,8 +7,18 @@ from typing import Any
 
 import cupy
 
-from ringcore import Array, Partial, merge
+from ringcore import Array, Partial, UnsupportedError, merge
 from ringcore_cupy.compiling import BLOCK, MOST_PLACES, kernel, numbers_grid, rows_grid, steps
+
+
+def check_array(x: Array) -> None:
+    """Raise UnsupportedError unless x is on the current device: CuPy makes new arrays there, whatever is asked."""
+    due, came = cupy.cuda.Device().id, x.device.id
+    if came != due:
+        raise UnsupportedError(
+            f"the arrays are on GPU {came}, but GPU {due} is the current one, on which CuPy would make what they are "
+            f"computed with. Call cupy.cuda.Device({came}).use() first."
+        )
 
 
 def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:

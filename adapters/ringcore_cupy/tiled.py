@@ -68,12 +68,17 @@ class Tiled:
         return into
 
     def reserve(self, q: Array, k: Array, v: Array, *, gradient: bool) -> None:
-        """Raise TileMemoryError if a tile of q and such a block finds no room for its scratch, sums and two blocks."""
+        """Raise TileMemoryError if there is no room for a tile of q and k and what a ring holds beside it.
+
+        That is the tile's scratch and copies, the sums, and two blocks that visit, as long as k, with their gradients.
+        """
         wide, sides = accumulation(q), self._sides(q, k)
         heads, rows, keys = q.shape[1], q.shape[2], k.shape[2]
-        scratch = Scratch.bytes(heads, sides, wide, q.dtype) * (2 if gradient else 1)
-        sums = q.shape[0] * heads * rows * max(q.shape[3], v.shape[3]) * wide.itemsize
-        sizes = [scratch, sums, *[k.nbytes + v.nbytes] * 2]
+        scratch, block = Scratch.bytes(heads, sides, wide, q.dtype), k.nbytes + v.nbytes
+        numbers = q.shape[0] * heads * rows * (q.shape[3] if gradient else v.shape[3])
+        sizes = [scratch, numbers * wide.itemsize, block, block, v.nbytes]
+        if gradient:
+            sizes += [scratch, 2 * q.nbytes + k.nbytes, *[block // q.itemsize * wide.itemsize] * 2]
         with q.device, told(rows, keys, heads, sum(sizes)):
             held = [cupy.cuda.alloc(size) for size in sizes]
             del held  # back to the pool, which has it for the tile

@@ -78,14 +78,11 @@ def _compute(
 ) -> tuple[Array, Array | None]:
     """This rank's out and lse [B, H, S, ...] as NumPy arrays."""
     share.pairs = request.pairs(request.q_runs)
-    rows = _rows_at_once(request, options, transport)
-    if rows is not None:
-        share.words = f"files: q passes through in pieces of {rows} rows, and k and v for each of them"
+    some = _rows_at_once(request, options, transport)
+    if some is not None:
+        share.words = f"files: q passes through in pieces of {some[0]} rows, and for each of them k and v of {some[1]}"
         with progress_bar(share.pairs, _shown(options, share)) as report, share.timed("computing"):
-            streaming = Streaming(request, rows, partial(_terms, request), report)
-            (out, lse), _ = together(transport, lambda: (streaming.run(), None))
-        share.shard = out.nbytes + lse.nbytes
-        return out, lse if options.wants_lse else None
+            return _streamed(Streaming(request, *some, partial(_terms, request), report), options, transport, share)
     window = _window(request, transport)
 
     def read() -> tuple[list[Array], None]:
@@ -131,14 +128,28 @@ def _place(transport: Transport | None) -> int:
     return nodes[: transport.rank].count(nodes[transport.rank])
 
 
-def _rows_at_once(request: Request, options: AttendOptions, transport: Transport | None) -> int | None:
-    """How many rows of q and of k a GPU takes at a time, or None if every rank's shard fits whole. Collective."""
+def _streamed(
+    streaming: Streaming, options: AttendOptions, transport: Transport | None, share: Share
+) -> tuple[Array, Array | None]:
+    """out and lse, made a piece at a time; the ranks meet after each, as they wait for none for ever."""
+    (out, lse), counts = together(transport, lambda: (streaming.results(), streaming.count))
+    share.shard = out.nbytes + lse.nbytes
+    pieces = streaming.pieces(out, lse)
+    for _ in range(max(counts)):
+        all_do(transport, lambda: next(pieces, None))
+    return out, lse if options.wants_lse else None
 
-    def find() -> tuple[int | None, bool]:
-        backend = request.backend
-        if not isinstance(backend, DeviceBackend):
-            return None, False
-        room = backend.room() if options.device_memory is None else parse_size(options.device_memory)
+
+def _rows_at_once(request: Request, options: AttendOptions, transport: Transport | None) -> tuple[int, int] | None:
+    """How many rows of q and of k a GPU takes at a time, or None if every rank's shard fits whole. Collective."""
+    backend = request.backend
+    if not isinstance(backend, DeviceBackend):  # which is so on every rank, or on none
+        return None
+    gpu, gpus = together(transport, lambda: (backend.gpu(), backend.gpu()))
+
+    def find() -> tuple[tuple[int, int] | None, bool]:
+        free = backend.room() // gpus.count(gpu)
+        room = free if options.device_memory is None else parse_size(options.device_memory)
         rows = rows_that_fit(request, room)
         if rows is not None and options.ring_size is not None:
             raise KeywordError(
@@ -150,7 +161,7 @@ def _rows_at_once(request: Request, options: AttendOptions, transport: Transport
     rows, pieces = together(transport, find)
     if not any(pieces):
         return None
-    return max(1, *request.q_layout.lengths) if rows is None else rows
+    return rows or (max(1, *request.q_layout.lengths), max(1, *request.k_layout.lengths))
 
 
 def _shown(options: AttendOptions, share: Share) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -31,8 +32,12 @@ class Backend(Protocol):
 class DeviceBackend(Backend, Protocol):
     """One whose arrays lie in a device's memory, which may be smaller than a shard."""
 
+    def gpu(self) -> str:
+        """What tells the device from all others, of every machine."""
+        ...
+
     def room(self) -> int:
-        """How many bytes of the device's memory can be taken now."""
+        """How many bytes of the device's memory can be taken now, by all processes on it together."""
         ...
 
     def fill(self, arrays: Blocks, read: Callable[..., None]) -> Callable[[], None]:
@@ -101,14 +106,20 @@ class CupyBackend:
 
     def enter(self, x: Array) -> Array:
         """A copy of x on the GPU."""
-        return self._cupy.asarray(x)
+        entered = self._cupy.empty(x.shape, x.dtype)
+        entered.set(x)  # asarray would hold a copy in pinned memory besides
+        return entered
 
     def leave(self, x: Array) -> Array:
         """A copy of x in the host's memory."""
         return x.get()
 
+    def gpu(self) -> str:
+        """What tells the GPU from all others, of every machine."""
+        return f"{platform.node()} {self._cupy.cuda.runtime.deviceGetPCIBusId(self._device.id)}"
+
     def room(self) -> int:
-        """How many bytes of the GPU's memory can be taken now."""
+        """How many bytes of the GPU's memory can be taken now, by all processes on it together."""
         pool = self._cupy.get_default_memory_pool()
         return int(self._cupy.cuda.runtime.memGetInfo()[0]) + int(pool.total_bytes() - pool.used_bytes())
 

@@ -27,14 +27,15 @@ from ringcore.values import Array, Blocks, Move, Plan, Spec, Step, Tile
 from ringcore.work import ForwardWork
 
 _FOR_ARRAYS = 0.75  # of the room; the rest is for what kernels need beside
+_LARGEST_BLOCK = 1 << 30  # bytes of k and v at a time, which the host holds in pinned memory
 _BLOCKS = 4  # of k and v at a time: on a ring its own, the one that is read, the one that comes, a published one
 _MULTIPLE = 128  # rows, by which kernels cut
 
 Runs = tuple[range, ...]
 
 
-def rows_that_fit(request: Request, room: int) -> int | None:
-    """How many rows of q, and of k, at a time leave enough of ``room`` bytes; None if this rank's shard fits whole.
+def rows_that_fit(request: Request, room: int) -> tuple[int, int] | None:
+    """How many rows of q and of k at a time leave enough of ``room`` bytes; None if this rank's shard fits whole.
 
     Raises KeywordError if not a single row fits.
     """
@@ -48,46 +49,55 @@ def rows_that_fit(request: Request, room: int) -> int | None:
     usable = int(room * _FOR_ARRAYS)
     if queries * per_query + keys * per_key <= usable:
         return None
-    rows = int(usable // max(1, per_query + per_key))
-    if rows < 1:
+    if usable < per_query + per_key:
         raise KeywordError(
             f"one query and one key take {per_query + per_key} bytes of the GPU's memory, but {usable} of {room} can "
             "be used. Give more (--device-memory), or fewer columns of bias and mask."
         )
-    return rows - rows % _MULTIPLE if rows > _MULTIPLE else rows
+    some = min(usable // 2, _BLOCKS * _LARGEST_BLOCK) // max(1, per_key)
+    some = max(1, min(some, request.arguments.k.shape[2], (usable - per_query) // max(1, per_key)))
+    return _even((usable - some * per_key) // max(1, per_query)), _even(some)
 
 
 @dataclass(frozen=True)
 class Streaming:
-    """Attention of this rank's rows, at most ``rows`` of q and of k at a time.
+    """Attention of this rank's rows, at most ``rows`` of q and ``keys`` of k at a time.
 
     terms: bias and mask, which it reads for some rows. report: hears how many pairs were computed.
     """
 
     request: Request
     rows: int
+    keys: int
     terms: Callable[[Runs], dict[str, Array]]
     report: Callable[[int], object] | None
 
-    def run(self) -> tuple[Array, Array]:
-        """out [B, H, S, E] and lse [B, H, S] as NumPy arrays."""
+    @property
+    def count(self) -> int:
+        """How many pieces there are."""
+        return sum(1 for _ in cut(self.request.q_runs, self.rows))
+
+    def results(self) -> tuple[Array, Array]:
+        """Memory for out [B, H, S, E] and lse [B, H, S] as NumPy arrays."""
         request = self.request
-        batch, heads, _, _ = request.arguments.q.shape
-        queries = sum(map(len, request.q_runs))
-        out = np.empty((batch, heads, queries, request.arguments.v.shape[3]), dtype=request.dtype)
-        lse = np.empty((batch, heads, queries), dtype=request.wide)
+        shape = *request.arguments.q.shape[:2], sum(map(len, request.q_runs))
+        out = np.empty((*shape, request.arguments.v.shape[3]), dtype=request.dtype)
+        return out, np.empty(shape, dtype=request.wide)
+
+    def pieces(self, out: Array, lse: Array) -> Iterator[None]:
+        """Put the results there, a piece of q at a time."""
         done = 0
-        for runs in cut(request.q_runs, self.rows):
+        for runs in cut(self.request.q_runs, self.rows):
             some = slice(done, done := done + sum(map(len, runs)))
             out[:, :, some], lse[:, :, some] = self._piece(runs)
             if self.report is not None:
-                self.report(request.pairs(runs))
-        return out, lse
+                self.report(self.request.pairs(runs))
+            yield
 
     def _piece(self, runs: Runs) -> tuple[Array, Array]:
         """out and lse of the queries at these positions."""
         request, backend = self.request, cast(DeviceBackend, self.request.backend)
-        files = _Files(request, self.rows)
+        files = _Files(request, self.keys)
         q = np.empty((*request.arguments.q.shape[:2], sum(map(len, runs)), request.arguments.q.shape[3]), request.dtype)
         read_rows(request.question.q, request.question.axis, runs, request.in_file_order(q))
         terms = {name: backend.enter(term) for name, term in self.terms(runs).items()}
@@ -172,6 +182,10 @@ def _plan(tiles: Sequence[tuple[Tile, ...]], files: _Files) -> Plan:
         for block, following in zip([None, *wanted], [*wanted, None], strict=True)
     ]
     return Plan(-1, len(files.blocks), tuple(steps))
+
+
+def _even(rows: int) -> int:
+    return rows - rows % _MULTIPLE if rows > _MULTIPLE else rows
 
 
 def _row_of(term: Stored | None) -> int:
