@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import array_api_compat
 
@@ -24,7 +26,7 @@ from ringcore.discovery import choose_kernels, find_arithmetic, find_transport
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, TransportError
 from ringcore.layout import Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
-from ringcore.protocols import Kernels
+from ringcore.protocols import Kernels, Transport
 from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
 from ringcore.values import Array, namespace
 from ringcore.work import BackwardWork, ForwardWork, travels_narrow
@@ -32,6 +34,8 @@ from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 Further = TypeVar("Further")
 
 _KEPT = 64  # signatures that a call remembers
+_PLAIN = (type(None), bool, int, float, str)
+_known_of_ring: WeakKeyDictionary[Transport, dict[str, dict[Any, Known]]] = WeakKeyDictionary()
 _TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
 GRADIENTS = ("q", "k", "v", "bias")
 
@@ -41,7 +45,7 @@ class Call:
     """The keywords of one call, as they came; see `ringcore.ring_attention` for what they mean.
 
     name: the function that was called. gradient: whether gradients are wanted, those that ``wrt`` names.
-    known: what was found out about arrays, by their signature; one that is made anew may be given an equal one's.
+    known: what calls like this one found out about arrays, by their signature; None looks for them by the keywords.
     """
 
     name: str
@@ -58,7 +62,7 @@ class Call:
     kernels: Kernels | str | None
     gradient: bool = False
     wrt: Any = ()
-    known: dict[Any, Known] = field(default_factory=dict, repr=False, compare=False)
+    known: dict[Any, Known] | None = field(default=None, repr=False, compare=False)
 
     def prepare(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
@@ -69,17 +73,18 @@ class Call:
         ``further`` checks what came beside these arguments. Raises the errors of `ringcore.errors`.
         """
         if self.ring is None:
-            known = self._about(q, k, v, bias, mask)
+            known = self._about(self._remembered(None), q, k, v, bias, mask)
             arguments = known.arguments.about(q, k, v, bias, mask)
             further(arguments)
             if known.local is None:
                 known.local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
             return Prepared(arguments, known.local, known.kernels)
         transport = find_transport(self.ring, like=q)
+        remembered = self._remembered(find_transport(self.ring))
 
         def check() -> tuple[tuple[Arguments, Known], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
-            known = self._about(q, k, v, bias, mask)
+            known = self._about(remembered, q, k, v, bias, mask)
             arguments = known.arguments.about(q, k, v, bias, mask)
             further(arguments)
             if transport.size > 1:
@@ -112,21 +117,41 @@ class Call:
         with session.guarded():
             return Prepared(arguments, session, known.kernels)
 
-    def _about(self, *arrays: Any) -> Known:
-        """What holds for arrays of these types, shapes, dtypes and devices: found out once, if the call is kept."""
+    def _remembered(self, transport: Transport | None) -> dict[Any, Known]:
+        """What calls with equal keywords on the same ring found out, as long as it lives."""
+        if self.known is not None:
+            return self.known
+        keywords = [getattr(self, each.name) for each in fields(self) if each.name not in ("ring", "known")]
+        if not all(map(_plain, keywords)):
+            return {}
+        key = repr(keywords)  # in which 1, 1.0 and True differ
+        if transport is None:
+            return _known_alone(key)
+        try:
+            known = _known_of_ring.setdefault(transport, {})
+        except TypeError:  # one of its own kind, that cannot be held weakly
+            return {}
+        if len(known) >= _KEPT:
+            known.clear()
+        return known.setdefault(key, {})
+
+    def _about(self, remembered: dict[Any, Known], *arrays: Any) -> Known:
+        """What holds for arrays of these types, shapes, dtypes and devices: found out once, if it is remembered."""
         try:
             signature = tuple(map(_signature, arrays))
-            known = self.known.get(signature)
+            known = remembered.get(signature)
         except (AttributeError, TypeError):  # no arrays at all, perhaps: the checks say so
             signature, known = (), None
         if known is not None:
+            if known.check_array is not None:
+                known.check_array(arrays[0])
             return known
         arguments, kernels, _ = self.choose(*arrays)
-        known = Known(arguments.without_arrays(), kernels)
+        known = Known(arguments.without_arrays(), kernels, _library_check(arguments.q))
         if signature and not getattr(kernels, "capturing", bool)():
-            if len(self.known) >= _KEPT:
-                self.known.clear()
-            self.known[signature] = known
+            if len(remembered) >= _KEPT:
+                remembered.clear()
+            remembered[signature] = known
         return known
 
     def choose(
@@ -139,7 +164,7 @@ class Call:
             softcap=self.softcap, query_offset=self.query_offset, key_lengths=self.key_lengths,
             layout=self.layout, axes=self.axes,
         )  # fmt: skip
-        check_library = getattr(find_arithmetic(arguments.q), "check_array", None)
+        check_library = _library_check(arguments.q)
         if check_library is not None:
             check_library(arguments.q)
         needs = arguments.needs
@@ -155,12 +180,13 @@ class Call:
 class Known:
     """What a call found out about arrays of one signature; it holds none of them.
 
-    local: where it runs without a ring of processes. common: what the ranks of a ring must have in common; agreed: what
-    they agreed on, by their lengths.
+    check_array: what their library must still be asked about each one. local: where it runs without a ring of
+    processes. common: what the ranks of a ring must have in common; agreed: what they agreed on, by their lengths.
     """
 
     arguments: Arguments
     kernels: Kernels
+    check_array: Callable[[Array], None] | None = None
     local: LocalSession | None = None
     common: bytes | None = None
     agreed: dict[tuple[tuple[int, ...], tuple[int, ...]], Agreed] = field(default_factory=dict)
@@ -250,6 +276,23 @@ class Prepared:
             whole = join_term(session, [work.dbias for work in backward], arguments.bias)
             gradients["bias"] = xp.reshape(xp.astype(whole, arguments.bias.dtype, copy=False), arguments.bias_shape)
         return tuple(gradients[name] for name in wrt)
+
+
+@lru_cache(maxsize=256)
+def _known_alone(key: str) -> dict[Any, Known]:
+    """What calls without a ring of processes found out, by their keywords."""
+    return {}
+
+
+def _plain(x: Any) -> bool:
+    """Whether x is all that its text says."""
+    return type(x) in _PLAIN or (type(x) in (tuple, list) and all(type(entry) in _PLAIN for entry in x))
+
+
+def _library_check(q: Array) -> Callable[[Array], None] | None:
+    """What the library of q has to say about arrays, see `ringcore.Arithmetic`."""
+    check: Callable[[Array], None] | None = getattr(find_arithmetic(q), "check_array", None)
+    return check
 
 
 def _signature(x: Any) -> Any:
