@@ -145,7 +145,7 @@ class CupyTransport:
         self._carriers.close()
 
 
-_DEFAULT_STREAMS = (0, 1, 2)  # CUDA's own, which no graph is captured from
+_DEFAULT_STREAMS = (0, 1)  # CUDA's null stream and its name for it, which no graph is captured from
 
 
 def carry(host: Transport) -> Transport:

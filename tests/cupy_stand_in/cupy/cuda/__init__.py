@@ -188,7 +188,7 @@ class Stream:
 
 class ExternalStream(Stream):
     def __init__(self, ptr, device_id=-1):
-        self.ptr, self.device_id = ptr, device_id
+        self.ptr, self.device_id = ptr, Device().id if device_id < 0 else device_id
 
 
 Stream.null = Stream(null=True)
