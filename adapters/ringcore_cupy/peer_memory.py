@@ -12,7 +12,6 @@ news of a failed peer; and as a stream only ever waits for what was recorded bef
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import cupy
@@ -29,8 +28,8 @@ from ringcore_cupy.device_blocks import (
     size_of,
     starts,
 )
-from ringcore_cupy.notes import gathered
 from ringcore_cupy.region import Region
+from ringcore_cupy.shared_region import SharedRegion
 from ringcore_cupy.streams import Side, Streamed
 
 _TOKEN = Spec((1,), np.empty(0, np.uint8), np.dtype(np.uint8))
@@ -44,9 +43,8 @@ class PeerMemory:
 
     def __init__(self, host: Transport, peers: frozenset[int]) -> None:
         self._host, self._peers = host, peers
-        self._size = 0  # bytes of every rank's region
-        self._region: Region | None = None
         self._pulling, self._pushing = Side(), Side()
+        self._shared = SharedRegion(host, peers, (self._pulling.stream, self._pushing.stream))
         self._specs: Mapping[int, Sequence[Spec]] = {}
         self._ready: set[int] = set()  # whose blocks the pulling stream has waited for
         self._home = self._slot = 0  # bytes: where accumulators that come home lie, and how many a slot has
@@ -55,8 +53,12 @@ class PeerMemory:
         self._taken: tuple[int, int, int] | None = None  # of whose block which peer is to hear that which slot is free
         self._told: list[Any] = []  # tokens that left
         self._expected: list[Any] = []  # tokens of slots that are free again
-        self.lacking = ""
         self.messages_sent = self.bytes_sent = self.bytes_published = 0
+
+    @property
+    def lacking(self) -> str:
+        """Why a rank has no memory to publish in, if so."""
+        return self._shared.lacking
 
     def publish(
         self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
@@ -64,11 +66,11 @@ class PeerMemory:
         """Make ``blocks`` readable for the peers; False, on every rank, if one has no memory for it. Collective."""
         self._home, self._slot = max(map(room, specs.values())), max(map(room, carried.values()), default=0)
         slots = 1 if self._host.size == 2 else 3
-        if not self._grown(self._home + slots * self._slot):
+        if not self._shared.grown(self._home + slots * self._slot):
             return False
         self._specs = specs
         self._ready.clear()
-        region = self._region
+        region = self._shared.region
         if region is not None:
             with self._pulling.behind_caller() as stream:
                 for peer in self._peers:  # each has read what was published, and what it was sent, before
@@ -153,24 +155,21 @@ class PeerMemory:
         for token in (*self._expected, *self._told):
             token.wait()
         self._forget()
-        if self._region is not None:
+        region = self._shared.region
+        if region is not None:
             for side in (self._pulling, self._pushing):
                 side.before_caller()
-            self._region.record("done", cupy.cuda.get_current_stream())
+            region.record("done", cupy.cuda.get_current_stream())
         self._host.gather(b"retired")
 
     def abort(self) -> None:
         """End a call that failed: close what this rank opened; what its peers opened lasts as long as the ring."""
         self._forget()
-        with suppress(runtime.CUDARuntimeError):  # after an error of the GPU's own everything fails
-            self._pulling.stream.synchronize()
-            self._pushing.stream.synchronize()
-            if self._region is not None:
-                self._region.let_go()
+        self._shared.abort()
 
     def close(self) -> None:
-        """Free everything. Collective."""
-        self._freed()
+        """Free everything. Collective. Raises RingTimeout if this rank's streams do not end."""
+        self._shared.freed()
 
     def landed(self, move: Move, specs: Sequence[Spec], number: int | None, flags: int) -> Blocks:
         """What was pushed here, for work that the caller's stream is given from now on."""
@@ -208,57 +207,9 @@ class PeerMemory:
         self._sent = self._received = 0
 
     def _made(self) -> Region:
-        if self._region is None:
+        if self._shared.region is None:
             raise LookupError("nothing was published")
-        return self._region
-
-    def _grown(self, size: int) -> bool:
-        """Every rank's region has that many bytes; False, on every rank, if one cannot have it. Collective."""
-        if size <= self._size:
-            return True
-        # One that had to grow will have to grow again: with some room to spare, that is seldom.
-        size = max(size, self._size * 5 // 4)
-        self._freed()
-        note: dict[str, Any] = {"lacks": ""}
-        try:
-            if self._peers:
-                self._region = Region(size)
-                for event in ("done", "taken 0", "taken 1"):
-                    self._region.record(event, cupy.cuda.get_current_stream())
-                note |= self._region.note()
-        except runtime.CUDARuntimeError as error:
-            note["lacks"] = f"rank {self._host.rank} cannot share {size} bytes: {error}"
-        notes = gathered(self._host, note)
-        lacking = [str(note["lacks"]) for note in notes if note["lacks"]]
-        if not lacking:
-            lacking = [error for error in gathered(self._host, self._opened(notes)) if error]
-        self.lacking = "; ".join(lacking)
-        if lacking:
-            self._freed()
-            return False
-        self._size = size
-        return True
-
-    def _opened(self, notes: Sequence[Mapping[str, Any]]) -> str:
-        """Open the peers' memory; what is wrong, if anything."""
-        for peer in self._peers:
-            try:
-                self._made().open(peer, notes[peer])
-            except runtime.CUDARuntimeError as error:
-                return f"rank {self._host.rank} cannot open the memory of rank {peer}: {error}"
-        return ""
-
-    def _freed(self) -> None:
-        """Close what is open, then free: CUDA wants memory to be closed wherever it was opened before. Collective."""
-        region, self._region, self._size = self._region, None, 0
-        if region is not None:
-            cupy.cuda.get_current_stream().synchronize()
-            for side in (self._pulling, self._pushing):
-                side.stream.synchronize()
-            region.let_go()
-        self._host.gather(b"closed")
-        if region is not None:
-            region.close()
+        return self._shared.region
 
 
 class Sent:

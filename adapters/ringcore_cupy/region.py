@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import time
 import weakref
 from collections.abc import Mapping
@@ -10,6 +12,8 @@ from typing import Any
 
 import cupy
 from cupy.cuda import runtime
+
+_log = logging.getLogger(__name__)
 
 EVENTS = ("ready", "done", "home", "hop 0", "hop 1", "taken 0", "taken 1")
 
@@ -33,7 +37,8 @@ class Region:
         self._events = {name: cupy.cuda.Event(disable_timing=True, interprocess=True) for name in EVENTS}
         self._memory: dict[int, int] = {}  # of each peer, where it is mapped here
         self._theirs: dict[int, dict[str, int]] = {}
-        self._end = weakref.finalize(self, _end, self._device, self._held, self._memory, self._theirs)
+        kept = self._held, self._events, self._memory, self._theirs
+        self._end = weakref.finalize(self, _end, self._device, *kept)
 
     @property
     def own(self) -> Any:
@@ -78,6 +83,13 @@ class Region:
         """Close and free everything, once the peers are done with this rank's memory, as far as their events tell."""
         self._end()
 
+    def leave(self) -> None:
+        """Keep everything to the end of the process, as streams of this rank may never come to their end."""
+        found = self._end.detach()
+        if found is not None:
+            _, _, (_, *kept), _ = found
+            _leave(*kept)
+
 
 def _allocated(size: int) -> Any:
     try:
@@ -89,7 +101,15 @@ def _allocated(size: int) -> Any:
         return cupy.cuda.Memory(size)
 
 
-def _end(device: int, held: dict[str, Any], memory: dict[int, int], events: dict[int, dict[str, int]]) -> None:
+def _leave(*kept: Any) -> None:
+    _log.warning("memory that GPUs share is kept to the end of the process: streams still wait for a rank")
+    # Not even Python's own end may free it: CUDA would first wait for all that this GPU was given.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+
+
+def _end(
+    device: int, held: dict[str, Any], own: Mapping[str, Any], memory: dict[int, int], events: dict[int, dict[str, int]]
+) -> None:
     """Give back what is CUDA's, on this rank alone: it runs when the ring goes, too, or the process ends."""
     with suppress(runtime.CUDARuntimeError), cupy.cuda.Device(device):
         # Peers may be behind: their last event tells when they have read what they need.

@@ -12,6 +12,7 @@ for; it knows of no other stream that may still read or write there. Three rules
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,16 @@ from ringcore import Blocks, Move
 def mark(stream: Any) -> Any:
     """An event behind all that ``stream`` was given so far."""
     return stream.record(cupy.cuda.Event(disable_timing=True))
+
+
+def done_within(seconds: float, *under_way: Any) -> bool:
+    """Whether these streams or events are done by then: to wait in CUDA knows no deadline, and no interrupt."""
+    until = time.monotonic() + seconds
+    while not all(x.done for x in under_way):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 class Side:

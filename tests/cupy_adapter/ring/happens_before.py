@@ -52,9 +52,10 @@ class Trace:
         with self.lock:
             _merge(self.clocks.setdefault(stream, {}), self.events.get(event, {}))
 
-    def done(self, event, is_done):
+    def done(self, clocks, x, asked):
+        is_done = asked(x)
         if self.on and is_done:
-            self.synchronized(self.events.get(event.ptr))
+            self.synchronized(getattr(self, clocks).get(x.ptr))
         return is_done
 
     def synchronized(self, clock):
@@ -155,8 +156,9 @@ def traced(monkeypatch):
     around(runtime, "streamWaitEvent", lambda stream, event, flags=0: TRACE.wait(stream, event))
     around(runtime, "streamSynchronize", after=lambda _, stream: TRACE.synchronized(TRACE.clocks.get(stream)))
     around(cuda.Event, "synchronize", after=lambda _, event: TRACE.synchronized(TRACE.events.get(event.ptr)))
-    asked = cuda.Event.done.fget
-    monkeypatch.setattr(cuda.Event, "done", property(lambda event: TRACE.done(event, asked(event))))
+    for kind, clocks in ((cuda.Event, "events"), (cuda.Stream, "clocks")):
+        asked = kind.done.fget
+        monkeypatch.setattr(kind, "done", property(lambda x, asked=asked, clocks=clocks: TRACE.done(clocks, x, asked)))
     around(arrays.ndarray, "__setitem__", set_item)
     around(arrays.ndarray, "__iadd__", added)
     around(cupy, "ascontiguousarray", after=lambda found, x: TRACE.array(x, "read", "a copy in order"))

@@ -34,24 +34,29 @@ class Watched(ReferenceKernels):
         return super().backward(dout, q, k, v, maximum, total, delta, into=into, **keywords)
 
 
-def calls(world, rank, carrier, nodes, number, layout):
-    """Some calls in a row, whose inputs are overwritten as soon as each of them returned.
+def call(ring, seed, layout):
+    """One whose inputs are overwritten as soon as it returned.
 
     The layout "alone" is one where no rank sees anything of another.
     """
     window, layout = ((0, 0), "contiguous") if layout == "alone" else (None, layout)
+    whole = [np.random.default_rng((seed, part)).standard_normal((1, 1, 6 * ring.size, 4)) for part in range(4)]
+    q, k, v, dout = (cupy.asarray(ringcore.shard(x, layout, ring.rank, ring.size)) for x in whole)
+    (out, _), pullback = ringcore.ring_attention_vjp(
+        q, k, v, wrt=("q", "k", "v"), ring=ring, layout=layout, causal=True, window=window, kernels=Watched()
+    )
+    found = [out, *pullback(dout, None)]
+    for x in (k, v):
+        x[...] = 0
+    for x in found:
+        TRACE.array(x, "read", "the caller")
+
+
+def calls(world, rank, carrier, nodes, number, layout):
+    """Some calls in a row."""
     ring = CupyTransport(ThreadHost(world, rank, nodes, device_buffers=True), carrier=carrier)
     for seed in range(number):
-        whole = [np.random.default_rng((seed, part)).standard_normal((1, 1, 6 * world.size, 4)) for part in range(4)]
-        q, k, v, dout = (cupy.asarray(ringcore.shard(x, layout, rank, world.size)) for x in whole)
-        (out, _), pullback = ringcore.ring_attention_vjp(
-            q, k, v, wrt=("q", "k", "v"), ring=ring, layout=layout, causal=True, window=window, kernels=Watched()
-        )
-        found = [out, *pullback(dout, None)]
-        for x in (k, v):
-            x[...] = 0
-        for x in found:
-            TRACE.array(x, "read", "the caller")
+        call(ring, seed, layout)
     ring.close()
 
 

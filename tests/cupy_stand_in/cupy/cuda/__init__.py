@@ -183,7 +183,9 @@ class Stream:
     def is_capturing(self):
         return False
 
-    done = True
+    @property
+    def done(self):
+        return runtime.streamQuery(self.ptr) == 0
 
 
 class ExternalStream(Stream):

@@ -168,6 +168,10 @@ def _finish(stream):
         work.result()
 
 
+def streamQuery(stream):  # noqa: N802
+    return 0 if all(work.done() for work in streams_work.get(stream, ())) else 600
+
+
 def streamSynchronize(stream):  # noqa: N802
     _finish(stream)
 
