@@ -42,7 +42,7 @@ class PeerMemory:
     """
 
     def __init__(self, host: Transport, peers: frozenset[int]) -> None:
-        self._host, self._peers = host, peers
+        self._host = host
         self._pulling, self._pushing = Side(), Side()
         self._shared = SharedRegion(host, peers, (self._pulling.stream, self._pushing.stream))
         self._specs: Mapping[int, Sequence[Spec]] = {}
@@ -73,8 +73,6 @@ class PeerMemory:
         region = self._shared.region
         if region is not None:
             with self._pulling.behind_caller() as stream:
-                for peer in self._peers:  # each has read what was published, and what it was sent, before
-                    region.wait(peer, "done", stream)
                 for mine, x in zip(_arrays(region, 0, specs[self._host.rank], first=True), blocks, strict=True):
                     mine[...] = x
                 region.record("ready", stream)
@@ -161,6 +159,8 @@ class PeerMemory:
                 side.before_caller()
             region.record("done", cupy.cuda.get_current_stream())
         self._host.gather(b"retired")
+        if region is not None:  # the next call overwrites what peers have read of this one, and what they were sent
+            region.await_peers(self._pulling.stream)
 
     def abort(self) -> None:
         """End a call that failed: close what this rank opened; what its peers opened lasts as long as the ring."""

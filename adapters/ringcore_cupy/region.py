@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,13 +12,14 @@ from typing import Any
 import cupy
 from cupy.cuda import runtime
 
+from ringcore_cupy.streams import done_within
+
 _log = logging.getLogger(__name__)
 
 EVENTS = ("ready", "done", "home", "hop 0", "hop 1", "taken 0", "taken 1")
 
 _GRAIN = 1 << 21  # bytes: CUDA shares memory in whole pages, which nothing else of this process may lie in
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-_NOT_READY = 600  # cudaErrorNotReady
 _LAST = 5.0  # seconds that memory is kept for peers that still read it
 
 
@@ -37,7 +37,8 @@ class Region:
         self._events = {name: cupy.cuda.Event(disable_timing=True, interprocess=True) for name in EVENTS}
         self._memory: dict[int, int] = {}  # of each peer, where it is mapped here
         self._theirs: dict[int, dict[str, int]] = {}
-        kept = self._held, self._events, self._memory, self._theirs
+        self._peers_done = cupy.cuda.Event(disable_timing=True)
+        kept = self._peers_done, self._held, self._events, self._memory, self._theirs
         self._end = weakref.finalize(self, _end, self._device, *kept)
 
     @property
@@ -75,19 +76,30 @@ class Region:
         """
         runtime.streamWaitEvent(stream.ptr, self._theirs[rank][name])
 
+    def await_peers(self, stream: Any) -> None:
+        """What ``stream`` is given from now on, and the end of this region, come behind all peers' "done".
+
+        The host must know that all recorded it. Their events themselves are no longer asked at the end: a peer that
+        ended earlier has destroyed its own.
+        """
+        for rank in self._theirs:
+            self.wait(rank, "done", stream)
+        self._peers_done.record(stream)
+
     def let_go(self) -> None:
         """Close what was opened of the peers; nothing of this rank's streams may be under way there."""
         _close(self._memory, self._theirs)
 
     def close(self) -> None:
-        """Close and free everything, once the peers are done with this rank's memory, as far as their events tell."""
-        self._end()
+        """Free this rank's memory, which no peer has open."""
+        if self._end.detach() is not None:
+            self._held.clear()
 
     def leave(self) -> None:
         """Keep everything to the end of the process, as streams of this rank may never come to their end."""
         found = self._end.detach()
         if found is not None:
-            _, _, (_, *kept), _ = found
+            _, _, (_, _, *kept), _ = found
             _leave(*kept)
 
 
@@ -103,23 +115,33 @@ def _allocated(size: int) -> Any:
 
 def _leave(*kept: Any) -> None:
     _log.warning("memory that GPUs share is kept to the end of the process: streams still wait for a rank")
-    # Not even Python's own end may free it: CUDA would first wait for all that this GPU was given.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    _keep(kept)
+
+
+def _keep(what: Any) -> None:
+    """To the end of the process, past Python's own: to free memory CUDA waits for all that its GPU was given."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(what))
 
 
 def _end(
-    device: int, held: dict[str, Any], own: Mapping[str, Any], memory: dict[int, int], events: dict[int, dict[str, int]]
+    device: int,
+    peers_done: Any,
+    held: dict[str, Any],
+    own: Mapping[str, Any],
+    memory: dict[int, int],
+    events: dict[int, dict[str, int]],
 ) -> None:
-    """Give back what is CUDA's, on this rank alone: it runs when the ring goes, too, or the process ends."""
+    """Give back what is CUDA's, on this rank alone: it runs when the ring goes, or the process ends.
+
+    But not this rank's events: a peer that has just heard of one may be about to wait for it.
+    """
     with suppress(runtime.CUDARuntimeError), cupy.cuda.Device(device):
-        # Peers may be behind: their last event tells when they have read what they need.
-        until = time.monotonic() + _LAST
-        while time.monotonic() < until and any(
-            runtime.eventQuery(theirs["done"]) == _NOT_READY for theirs in events.values()
-        ):
-            time.sleep(0.001)
+        if not done_within(_LAST, peers_done):  # peers may be behind
+            _leave(held, own, memory, events)
+            return
         _close(memory, events)
     held.clear()
+    _keep(own)
 
 
 def _close(memory: dict[int, int], events: dict[int, dict[str, int]]) -> None:

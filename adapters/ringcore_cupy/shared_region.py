@@ -40,8 +40,6 @@ class SharedRegion:
         try:
             if self._peers:
                 self.region = Region(size)
-                for event in ("done", "taken 0", "taken 1"):
-                    self.region.record(event, cupy.cuda.get_current_stream())
                 note |= self.region.note()
         except runtime.CUDARuntimeError as error:
             note["lacks"] = f"rank {self._host.rank} cannot share {size} bytes: {error}"

@@ -12,7 +12,7 @@ from test_order import call
 from thread_host import ThreadHost, in_threads
 
 from ringcore import RingTimeout
-from ringcore_cupy import CupyTransport, shared_region
+from ringcore_cupy import CupyTransport, region, shared_region
 
 runtime = cupy.cuda.runtime
 
@@ -60,6 +60,25 @@ def test_a_failed_call_leaves_what_streams_may_use(monkeypatch, stuck, caplog, w
         assert max(in_threads(2, fail)) < 2
         gc.collect()
         assert len(set(runtime._maps) - before) == 1, "that of the rank whose stream is stuck"
+    assert caplog.text.count("memory that GPUs share is kept to the end of the process") == 1
+
+
+def test_what_peers_may_still_read_is_not_freed(monkeypatch, stuck, caplog):
+    monkeypatch.setattr(region, "_LAST", 0.2)
+    before, gates = set(runtime._maps), threading.Barrier(2)
+
+    def end(world, rank):
+        _, ring = called(world, rank)
+        gates.wait(20)
+        if rank:  # "done" of the peer is not reached
+            stuck(ring._carriers._near._pulling.stream)
+            ring._carriers._near._shared.region.await_peers(ring._carriers._near._pulling.stream)
+        gates.wait(20)
+
+    with traced(monkeypatch):
+        in_threads(2, end)
+        gc.collect()
+        assert len(set(runtime._maps) - before) == 1
     assert caplog.text.count("memory that GPUs share is kept to the end of the process") == 1
 
 

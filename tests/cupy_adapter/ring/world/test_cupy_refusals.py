@@ -211,6 +211,21 @@ def test_what_is_the_gpus_goes_with_the_ring():
     assert not cupy.cuda.runtime._maps
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_ranks_that_end_their_rings_one_after_the_other(backwards):
+    """None asks anything of a peer that is gone."""
+    host = MpiTransport(WORLD)
+    ring = CupyTransport(host)
+    check(ring)
+    for rank in range(WORLD.size):
+        if WORLD.rank == (WORLD.size - 1 - rank if backwards else rank):
+            del ring
+            gc.collect()
+            assert not cupy.cuda.runtime.opened
+        WORLD.Barrier()
+    host.close()
+
+
 def comm_ring(comm):
     return type("Place", (), {"rank": comm.rank, "size": comm.size})
 

@@ -144,7 +144,7 @@ class Event:
 
     @property
     def done(self):
-        return all(work.done() for work in runtime.events_work.get(self.ptr, ()))
+        return runtime.eventQuery(self.ptr) == 0
 
 
 class Stream:
