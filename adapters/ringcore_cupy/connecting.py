@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,8 @@ from cupy.cuda import nccl, runtime
 
 from ringcore import RingTimeout, Transport
 from ringcore_cupy.notes import gathered, patience
+
+_BETWEEN = 0.1  # seconds between two rounds of notes
 
 Letters = Sequence[tuple[int, Any]]
 """Ranks, and contiguous arrays that go to them or come from them."""
@@ -48,11 +51,40 @@ class Connection:
         self._end()
 
 
-def connect(host: Transport) -> tuple[Connection | None, str]:
-    """The ranks' connection by NCCL, or why there is none, on every rank. Collective.
+class Attempt(threading.Thread):
+    """This rank's part in making a communicator: in a thread, as NCCL waits for ever for a rank that could not."""
 
-    It is made in a thread, as NCCL waits for ever for a rank that could not make its own. Raises RingTimeout.
-    """
+    def __init__(self, name: bytes, rank: int, size: int) -> None:
+        super().__init__(name="ringcore nccl", daemon=True)
+        self._name_of_all, self._rank, self._size, self._device = name, rank, size, runtime.getDevice()
+        self._lock, self._given_up = threading.Lock(), False
+        self.connection: Connection | None = None
+        self.error = ""
+
+    def run(self) -> None:
+        """Connect to all ranks, or say in ``error`` why not."""
+        try:
+            cupy.cuda.Device(self._device).use()  # else a new thread works on the first one
+            connection = Connection(nccl.NcclCommunicator(self._size, self._name_of_all, self._rank))
+            with self._lock:
+                self.connection = connection
+                if self._given_up:
+                    connection.abort()
+                    return
+            _shake_hands(connection, self._rank, self._size)
+        except Exception as exc:
+            self.error = f"rank {self._rank}: {exc}"
+
+    def give_up(self) -> None:
+        """End it, at once or when NCCL comes back from making the communicator."""
+        with self._lock:
+            self._given_up = True
+            if self.connection is not None:
+                self.connection.abort()
+
+
+def connect(host: Transport) -> tuple[Connection | None, str]:
+    """The ranks' connection by NCCL, or why there is none, on every rank. Collective. Raises RingTimeout."""
     name, error = "", ""
     if host.rank == 0:
         try:
@@ -62,35 +94,38 @@ def connect(host: Transport) -> tuple[Connection | None, str]:
     name, error = gathered(host, (name, error))[0]
     if error:
         return None, error
-    found: list[Connection] = []
-    failed: list[Exception] = []
-    device = runtime.getDevice()
+    attempt = Attempt(bytes.fromhex(name), host.rank, host.size)
+    attempt.start()
+    try:
+        error = _made(host, attempt)
+    except BaseException:
+        attempt.give_up()
+        raise
+    if error:
+        attempt.give_up()
+        return None, error
+    return attempt.connection, ""
 
-    def attempt() -> None:
-        try:
-            cupy.cuda.Device(device).use()  # else a new thread works on the first one
-            connection = Connection(nccl.NcclCommunicator(host_size, bytes.fromhex(name), host_rank))
-            _shake_hands(connection, host_rank, host_size)
-            found.append(connection)
-        except Exception as exc:
-            failed.append(exc)
 
-    host_rank, host_size = host.rank, host.size
-    thread = threading.Thread(target=attempt, name="ringcore nccl", daemon=True)
-    thread.start()
-    thread.join(patience(host))
-    if thread.is_alive():
-        raise RingTimeout(
-            f"rank {host.rank} waited {patience(host):g} s for all ranks to make their NCCL communicators. A rank may "
-            "be stuck or gone, or NCCL finds no network between them (NCCL_DEBUG=INFO says more)."
-        )
-    said = f"rank {host.rank}: {failed[0]}" if failed else ""
-    errors = [error for error in gathered(host, said) if error]
-    if errors:
-        for connection in found:
-            connection.abort()
-        return None, "; ".join(errors)
-    return found[0], ""
+def _made(host: Transport, attempt: Attempt) -> str:
+    """Wait until all ranks are connected, or one cannot be: why, on every rank.
+
+    They tell each other time and again: a rank that NCCL keeps waiting hears so of one that failed.
+    """
+    until = time.monotonic() + patience(host)
+    while True:
+        attempt.join(_BETWEEN)
+        ended = not attempt.is_alive()
+        notes = gathered(host, (ended, attempt.error, time.monotonic() > until))
+        errors = [error for _, error, _ in notes if error]
+        missing = [rank for rank, (ended, _, _) in enumerate(notes) if not ended]
+        if errors or not missing:
+            return "; ".join(errors)
+        if any(late for _, _, late in notes):
+            raise RingTimeout(
+                f"rank {host.rank} waited {patience(host):g} s for all ranks to make their NCCL communicators: the "
+                f"ranks {missing} have none. NCCL may find no network between the ranks (NCCL_DEBUG=INFO says more)."
+            )
 
 
 def _shake_hands(connection: Connection, rank: int, size: int) -> None:
