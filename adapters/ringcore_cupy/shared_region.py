@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -26,13 +27,19 @@ class SharedRegion:
     def __init__(self, host: Transport, peers: frozenset[int], streams: Sequence[Any]) -> None:
         self._host, self._peers, self._streams = host, peers, streams
         self._size = 0  # bytes of every rank's region
+        self._failed = math.inf  # bytes that a rank could not have
         self.region: Region | None = None
         self.lacking = ""
 
     def grown(self, size: int) -> bool:
-        """Every rank's region has that many bytes; False, on every rank, if one cannot have it. Collective."""
+        """Every rank's region has that many bytes; False, on every rank, if one cannot have it. Collective.
+
+        What one could not have is not tried again, which every call would wait for.
+        """
         if size <= self._size:
             return True
+        if size >= self._failed:
+            return False
         # One that had to grow will have to grow again: with some room to spare, that is seldom.
         size = max(size, self._size * 5 // 4)
         self.freed()
@@ -49,6 +56,7 @@ class SharedRegion:
             lacking = [error for error in gathered(self._host, self._opened(notes)) if error]
         self.lacking = "; ".join(lacking)
         if lacking:
+            self._failed = size
             self.freed()
             return False
         self._size = size

@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 import ringcore
 from ringcore import KeywordError, UnsupportedError
-from ringcore_cupy import CupyTransport
+from ringcore_cupy import CupyTransport, shared_region
 from ringcore_mpi import MpiTransport, adapt
 
 WORLD = MPI.COMM_WORLD
@@ -127,6 +127,19 @@ def test_without_shared_memory_blocks_take_another_way(host, variable, where, na
     ring.close()
     with pytest.raises(UnsupportedError, match=said):
         check(CupyTransport(host, carrier="ipc"))
+
+
+@pytest.mark.parametrize("name", ["CLOSED", "MEMORY"])
+def test_memory_that_a_rank_cannot_have_is_not_tried_again(host, variable, monkeypatch, name):
+    if host.rank == 1:
+        variable(name, "1")
+    tried, make = [], shared_region.Region
+    monkeypatch.setattr(shared_region, "Region", lambda size: tried.append(size) or make(size))
+    ring = CupyTransport(host)
+    for length, times in ((24, 1), (24, 1), (48, 1), (12, 2), (12, 2)):
+        check(ring, whole(length))
+        assert len(tried) == times
+    ring.close()
 
 
 def test_memory_grows_with_the_blocks(host):
