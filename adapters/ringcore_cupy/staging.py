@@ -66,10 +66,10 @@ class Staging:
         """Nothing: the host's transport ends what is under way."""
 
     def close(self) -> None:
-        """Let go of the memory of the host."""
-        for event, _ in self._landing:
-            event.synchronize()
-        self._landing = []
+        """Give the memory of the host back, and all else that CuPy's pool of pinned memory keeps unused."""
+        while self._landing:
+            self._landing.pop()[0].synchronize()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
 class Landing:

@@ -231,6 +231,10 @@ def get_default_memory_pool():
     return cuda.pool
 
 
+def get_default_pinned_memory_pool():
+    return cuda.pinned_pool
+
+
 def from_dlpack(x):
     if isinstance(x, ndarray):
         return x

@@ -149,5 +149,14 @@ def test_memory_grows_with_the_blocks(host):
     ring.close()
 
 
+def test_pinned_memory_is_given_back(host):
+    pool = cupy.get_default_pinned_memory_pool()
+    ring = CupyTransport(host, carrier="host")
+    check(ring)
+    assert pool.n_free_blocks()
+    ring.close()
+    assert not pool.n_free_blocks()
+
+
 def test_no_environment_leaks():
     assert not {name for name in os.environ if name.startswith("CUPY_STAND_IN_")} - {"CUPY_STAND_IN_DEVICES"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from itertools import count
 
 import numpy as np
@@ -99,8 +100,6 @@ class MemoryPool:
         self._limit = size or 0
 
     def malloc(self, size):
-        import weakref
-
         if self._limit and self.used_bytes() + size > self._limit:
             raise memory.OutOfMemoryError(size, self.used_bytes(), self._limit)
         room = _Room(size)
@@ -118,7 +117,23 @@ class MemoryPool:
         pass
 
 
-pool = MemoryPool()
+class PinnedMemoryPool:
+    """What keeps pinned memory that nobody uses any more; here it counts such blocks alone."""
+
+    def __init__(self):
+        self._unused = []
+
+    def watch(self, memory):
+        weakref.finalize(memory, self._unused.append, None)
+
+    def n_free_blocks(self):
+        return len(self._unused)
+
+    def free_all_blocks(self):
+        self._unused.clear()
+
+
+pool, pinned_pool = MemoryPool(), PinnedMemoryPool()
 
 
 def alloc(size):
@@ -215,7 +230,7 @@ def alloc_pinned_memory(size):
 get_cublas_handle = device.get_cublas_handle
 
 __all__ = [
-    "Device", "Event", "ExternalStream", "Memory", "MemoryPointer", "MemoryPool", "Stream", "UnownedMemory", "alloc",
+    "Device", "Event", "ExternalStream", "Memory", "MemoryPointer", "MemoryPool", "PinnedMemoryPool", "Stream", "UnownedMemory", "alloc",
     "alloc_pinned_memory", "cublas", "device", "get_current_stream", "get_device_id", "is_available", "memory",
     "nccl", "runtime",
 ]  # fmt: skip
