@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -13,6 +13,7 @@ from cupy.cuda import runtime
 from ringcore import Spec
 
 _ALIGNED = 256  # bytes between the starts of arrays
+_LARGEST_PITCH = 2**31 - 1  # bytes: cudaDevAttrMaxPitch of all GPUs so far
 
 
 def size_of(spec: Spec) -> int:
@@ -57,20 +58,27 @@ def copy_rows(
     Both lie as [B, S, H, D], at addresses that this process can reach; ``spec`` is the source's, as [B, H, S, D].
     """
     batch, heads, height, width = spec.shape
-    row = heads * width * np.dtype(spec.dtype).itemsize
-    for entry in range(batch):
-        for place, start, count in _pieces(places, rows):
-            runtime.memcpyAsync(
-                target + (entry * length + place) * row, source + (entry * height + start) * row, count * row,
-                runtime.memcpyDefault, stream.ptr,
-            )  # fmt: skip
-
-
-def _pieces(places: range, rows: range) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring rows as one: a copy engine takes one piece at a time."""
-    if len(rows) <= 1 or rows.step == places.step == 1:
-        if rows:
-            yield places[0], rows[0], len(rows)
+    row, count = heads * width * np.dtype(spec.dtype).itemsize, len(rows)
+    if not batch * row * count:
         return
-    for place, start in zip(places, rows, strict=True):
-        yield place, start, 1
+    target, source = target + places[0] * row, source + rows[0] * row
+    if count == 1 or rows.step == places.step == 1:
+        _copy_pieces(target, length * row, source, height * row, count * row, batch, stream)
+        return
+    for entry in range(batch):
+        to, of = target + entry * length * row, source + entry * height * row
+        _copy_pieces(to, places.step * row, of, rows.step * row, row, count, stream)
+
+
+def _copy_pieces(
+    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: Any
+) -> None:
+    """Copy ``height`` pieces of ``width`` bytes, each a pitch of bytes behind the last, by one call if CUDA can."""
+    if height > 1 and max(target_pitch, source_pitch) <= _LARGEST_PITCH:
+        runtime.memcpy2DAsync(
+            target, target_pitch, source, source_pitch, width, height, runtime.memcpyDefault, stream.ptr
+        )
+        return
+    for n in range(height):
+        to, of = target + n * target_pitch, source + n * source_pitch
+        runtime.memcpyAsync(to, of, width, runtime.memcpyDefault, stream.ptr)

@@ -142,6 +142,10 @@ def traced(monkeypatch):
         TRACE.access(source, size, "read", "a copy", stream)
         TRACE.access(target, size, "write", "a copy", stream)
 
+    def copied_pieces(target, target_pitch, source, source_pitch, width, height, kind, stream):
+        for n in range(height):
+            copied(target + n * target_pitch, source + n * source_pitch, width, kind, stream)
+
     def set_item(x, index, value):
         TRACE.array(x, "write", "an assignment")
         if isinstance(value, cupy.ndarray):
@@ -152,6 +156,7 @@ def traced(monkeypatch):
         TRACE.array(y, "read", "a sum")
 
     around(runtime, "memcpyAsync", copied)
+    around(runtime, "memcpy2DAsync", copied_pieces)
     around(runtime, "eventRecord", TRACE.record)
     around(runtime, "streamWaitEvent", lambda stream, event, flags=0: TRACE.wait(stream, event))
     around(runtime, "streamSynchronize", after=lambda _, stream: TRACE.synchronized(TRACE.clocks.get(stream)))

@@ -86,6 +86,9 @@ def memcpyAsync(target, source, size, kind, stream):  # noqa: N802
 
 
 def memcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, stream):  # noqa: N802
+    if not width <= min(target_pitch, source_pitch) <= max(target_pitch, source_pitch) < 1 << 31:
+        raise CUDARuntimeError(12, "invalid pitch argument")
+    _finish(stream)
     for row in range(height):
         ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
