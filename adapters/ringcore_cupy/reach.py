@@ -60,6 +60,7 @@ def find_ways(host: Transport, asked: str | None) -> Ways:
             "node": host.node,
             "machine": _BOOT.read_text().strip() if _BOOT.exists() else platform.node(),
             "gpu": runtime.deviceGetPCIBusId(device),
+            "uuid": _uuid(device),
             "nccl": bool(nccl.available),
             "device memory": bool(getattr(host, "device_buffers", False)),
         },
@@ -70,16 +71,19 @@ def find_ways(host: Transport, asked: str | None) -> Ways:
 def unreached(notes: Sequence[dict[str, Any]], rank: int, device: int) -> dict[str, str]:
     """Whose GPU's memory this rank does not reach, and why.
 
-    GPUs are known by their place on the bus: numbers differ between processes that see different ones.
+    GPUs are known by their place on the bus, as numbers differ between processes that see different ones; and by
+    their UUIDs, as the parts of a GPU in MIG mode share the place. CuPy ends a UUID at a byte of 0, so it takes both.
     """
-    visible = {runtime.deviceGetPCIBusId(number): number for number in range(runtime.getDeviceCount())}
+    visible = {(runtime.deviceGetPCIBusId(number), _uuid(number)): number for number in range(runtime.getDeviceCount())}
     found = {}
     for peer, note in enumerate(notes):
+        gpu = note["gpu"], note["uuid"]
         if (note["node"], note["machine"]) != (notes[rank]["node"], notes[rank]["machine"]):
             found[str(peer)] = "they are on different nodes"
-        elif note["gpu"] not in visible:
-            found[str(peer)] = f"rank {rank} does not see the GPU {note['gpu']} (CUDA_VISIBLE_DEVICES)"
-        elif visible[note["gpu"]] != device and not runtime.deviceCanAccessPeer(device, visible[note["gpu"]]):
+        elif gpu not in visible:
+            which = f"{note['gpu']} with UUID {note['uuid']}"
+            found[str(peer)] = f"rank {rank} does not see the GPU {which} (CUDA_VISIBLE_DEVICES)"
+        elif visible[gpu] != device and not runtime.deviceCanAccessPeer(device, visible[gpu]):
             found[str(peer)] = f"the GPU {notes[rank]['gpu']} cannot access {note['gpu']}"
     return found
 
@@ -115,6 +119,10 @@ def decide(notes: Sequence[dict[str, Any]], reasons: Sequence[dict[str, str]]) -
     (a, b), why = next(iter(apart.items()))
     passed = [lacking[name] for name in (NCCL, MPI, HOST)[: (NCCL, MPI, HOST).index(others[0])]]
     return Ways(near, others, " ".join([f"ranks {a} and {b} do not share memory: {why}.", *passed]))
+
+
+def _uuid(device: int) -> str:
+    return bytes(runtime.getDeviceProperties(device)["uuid"]).hex()
 
 
 def _without_nccl(notes: Sequence[dict[str, Any]]) -> str:

@@ -7,12 +7,22 @@ from ringcore import KeywordError, UnsupportedError
 from ringcore_cupy.reach import decide, unreached
 
 
-def note(gpu, node=0, machine="a", asked=None, nccl=True, device=False):
-    return {"gpu": gpu, "node": node, "machine": machine, "asked": asked, "nccl": nccl, "device memory": device}
+def note(gpu, node=0, machine="a", asked=None, nccl=True, device=False, uuid="01"):
+    return {
+        "gpu": gpu,
+        "uuid": uuid,
+        "node": node,
+        "machine": machine,
+        "asked": asked,
+        "nccl": nccl,
+        "device memory": device,
+    }
 
 
-def buses(monkeypatch, *gpus, apart=()):
+def buses(monkeypatch, *gpus, apart=(), uuids=None):
     """The GPUs that this process sees, by their numbers here."""
+    properties = lambda number: {"uuid": uuids[number] if uuids else b"\1"}  # noqa: E731
+    monkeypatch.setattr(runtime, "getDeviceProperties", properties)
     monkeypatch.setattr(runtime, "getDeviceCount", lambda: len(gpus))
     monkeypatch.setattr(runtime, "deviceGetPCIBusId", lambda number: gpus[number])
     access = lambda here, there: here != there and {gpus[here], gpus[there]} not in apart  # noqa: E731
@@ -25,13 +35,27 @@ def test_gpus_are_known_by_their_place_on_the_bus(monkeypatch):
     assert unreached(notes, 0, 1) == {"1": "the GPU A cannot access B"}
 
 
+def test_parts_of_one_gpu_are_different(monkeypatch):
+    buses(monkeypatch, "A", uuids=[b"\xaa"])
+    assert unreached([note("A", uuid="aa"), note("A", uuid="bb")], 0, 0) == {
+        "1": "rank 0 does not see the GPU A with UUID bb (CUDA_VISIBLE_DEVICES)"
+    }
+
+
+def test_uuids_that_end_early_do_not_make_gpus_one(monkeypatch):
+    buses(monkeypatch, "A", "B", uuids=[b"", b""], apart=[{"A", "B"}])
+    notes = [note("A", uuid=""), note("B", uuid="")]
+    assert unreached(notes, 0, 0) == {"1": "the GPU A cannot access B"}
+    assert unreached(notes, 1, 1) == {"0": "the GPU B cannot access A"}
+
+
 def test_what_is_not_reached_and_why(monkeypatch):
     buses(monkeypatch, "A", "B")
     notes = [note("A"), note("B"), note("B", node=1), note("B", machine="b"), note("D")]
     said = unreached(notes, 0, 0)
     assert set(said) == {"2", "3", "4"}
     assert said["2"] == said["3"] == "they are on different nodes"
-    assert said["4"] == "rank 0 does not see the GPU D (CUDA_VISIBLE_DEVICES)"
+    assert said["4"] == "rank 0 does not see the GPU D with UUID 01 (CUDA_VISIBLE_DEVICES)"
 
 
 @pytest.mark.parametrize(
