@@ -106,7 +106,7 @@ def slowly(monkeypatch, *names):
 
     def record(self, name, stream):
         if name in names and threading.current_thread().name == "rank 1":
-            time.sleep(0.2)
+            time.sleep(0.5)
         original(self, name, stream)
 
     monkeypatch.setattr(region.Region, "record", record)

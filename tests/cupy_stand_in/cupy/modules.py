@@ -109,7 +109,7 @@ def _built(code, options, expressions):
     folder.mkdir(exist_ok=True)
     library = folder / f"{key}.so"
     if not library.exists():
-        source, made = (folder / f"{key}.{os.getpid()}.{ending}" for ending in ("cpp", "so"))
+        source, made = (folder / f"{key}.{os.getpid()}.{threading.get_ident()}.{ending}" for ending in ("cpp", "so"))
         source.write_text(body)
         lanes = f"-DLANES={LANES}"
         command = [*_compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", lanes, *kept, "-o", made, source]

@@ -91,7 +91,7 @@ class NcclCommunicator:
 
     def _folder_done(self):
         (self._folder / f"rank-{self._rank}").unlink(missing_ok=True)
-        if not list(self._folder.glob("rank-*")):
+        if not any(path.exists() for path in (self._folder / f"rank-{peer}" for peer in range(self._size))):
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _add(self, way, address, count, peer, stream):
