@@ -41,7 +41,9 @@ class Direct:
 
     def __init__(self, q: Array, k: Array, v: Array, dout: Array, kind: str) -> None:
         self.handle = cudnn.create_handle()
-        self.out, self.dq, self.dk, self.dv = (cupy.full_like(q, cupy.nan) for _ in range(4))
+        self.out, self.dq, self.dk, self.dv = (cupy.empty_like(q) for _ in range(4))
+        for x in (self.out, self.dq, self.dk, self.dv):
+            x.view(cupy.uint16)[...] = 0x7FFF  # NaN in both half types
         self.lse = cupy.full((*q.shape[:3], 1), cupy.nan, dtype=cupy.float32)
         given = {"q": q, "k": k, "v": v, "out": self.out, "lse": self.lse, "dout": dout}
         self.forward = self._built(kind, {name: given[name] for name in "qkv"}, self._attend)
@@ -57,19 +59,18 @@ class Direct:
         )  # fmt: skip
         tensors = {
             name: graph.tensor(
-                dim=list(x.shape), stride=[step // x.itemsize for step in x.strides], name=name,
+                dim=list(x.shape), stride=[step // x.itemsize for step in x.strides], name=name, uid=uid,
                 data_type=types.FLOAT if name == "lse" else getattr(types, kind),
             )
-            for name, x in given.items()
+            for uid, (name, x) in enumerate(given.items(), 1)
         }  # fmt: skip
         results = make(graph, tensors)
-        for tensor, x in results.items():
+        for uid, (tensor, x) in enumerate(results.items(), len(given) + 1):
             wanted = types.FLOAT if x is self.lse else getattr(types, kind)
-            tensor.set_output(True).set_dim(list(x.shape)).set_data_type(wanted)
+            tensor.set_output(True).set_uid(uid).set_dim(list(x.shape)).set_data_type(wanted)
             tensor.set_stride([step // x.itemsize for step in x.strides])
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        addresses = {tensors[name]: x.data.ptr for name, x in given.items()}
-        addresses |= {tensor: x.data.ptr for tensor, x in results.items()}
+        addresses = {uid: x.data.ptr for uid, x in enumerate((*given.values(), *results.values()), 1)}
         workspace = cupy.empty(max(1, graph.get_workspace_size()), dtype=cupy.uint8)
 
         def call() -> Any:
