@@ -11,11 +11,15 @@ import pytest
 
 @pytest.fixture
 def arrays(monkeypatch):
-    if "cudnn" not in sys.modules:
+    planted = "cudnn" not in sys.modules
+    if planted:
         monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn"))  # to be imported, no more
     from ringcore_cudnn.cupy_arrays import CupyArrays
 
-    return CupyArrays()
+    yield CupyArrays()
+    if planted:  # what has imported it must not be found by others
+        for name in [name for name in sys.modules if name.partition(".")[0] == "ringcore_cudnn"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
