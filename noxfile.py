@@ -117,6 +117,8 @@ def cupy_stand_in(session: nox.Session) -> None:
 def cupy_stand_in_ring(session: nox.Session, ranks: int) -> None:
     """Rings of CuPy's arrays over MPI, without a GPU: by CUDA IPC, NCCL, MPI's own, staged, and as the ranks choose."""
     stand_in(session)
+    if ranks == 2:
+        session.install(TORCH)  # what is said of tensors beside CuPy's arrays
     pytest(session, "tests/cupy_adapter/ring/world", ranks=ranks)
     rings = ["mpi", "cupy-ipc", "cupy-nccl", "cupy-mpi", "cupy-host", *(["mpi-nodes"] if ranks > 2 else [])]
     for ring in rings:

@@ -11,6 +11,7 @@ import cupy
 
 from ringcore import Blocks, Move, Pending, Spec, Transport, UnsupportedError, find_transport
 from ringcore_cupy.carriers import Carriers
+from ringcore_cupy.partials import check_array
 from ringcore_cupy.reach import check_carrier
 
 _rings: WeakKeyDictionary[Transport, Carriers] = WeakKeyDictionary()
@@ -73,12 +74,8 @@ class CupyTransport:
                     f"an array is a {type(x).__module__}.{type(x).__qualname__}; this ring carries CuPy's. Give the "
                     "ring of processes itself, which takes what carries arrays of each library."
                 )
-            due, came = cupy.cuda.Device().id, x.device.id
-            if came != due:
-                raise UnsupportedError(
-                    f"an array is on GPU {came}, but rank {self.rank} works on GPU {due}. Call "
-                    f"cupy.cuda.Device({came}).use() first, or move the array."
-                )
+            check_array(x)
+            came = x.device.id
             if self._carriers.device not in (None, came):
                 raise UnsupportedError(
                     f"an array is on GPU {came}, but this ring's memory on rank {self.rank} is that of GPU "

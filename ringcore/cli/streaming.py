@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from ringcore.arguments import within_range
 from ringcore.cli.backends import DeviceBackend
 from ringcore.cli.request import Request
 from ringcore.cli.tensors import Stored, read_rows
@@ -109,8 +110,9 @@ class Streaming:
         arguments = replace(request.arguments, axes="bhsd").about(
             backend.enter(q), k, v, terms.get("bias"), terms.get("mask")
         )
+        bias = within_range(arguments.bias, arguments.q)
         work = ForwardWork(
-            arguments.q, k, v, arguments.bias, arguments.mask, score=arguments.score, kernels=request.kernels,
+            arguments.q, k, v, bias, arguments.mask, score=arguments.score, kernels=request.kernels,
             lengths=files.lengths, arithmetic=find_arithmetic(arguments.q),
         )  # fmt: skip
         visibility = visibility_of(arguments, request.arguments.k.shape[2])

@@ -116,6 +116,23 @@ def test_the_rows_of_bias_and_mask_go_with_their_piece(tmp_path):
     attended(tmp_path, qkv(rows=61, keys=61), "--device-memory", "30KB", *terms, bias=bias, mask=mask)
 
 
+def test_a_bias_beyond_the_range_of_scores_hides_nothing(tmp_path):
+    """Bias of float64 over q of float32: what is below all float32 is their lowest number, not -inf."""
+    bias = np.full((61, 61), -1e300)
+    np.save(tmp_path / "bias.npy", bias)
+    arrays = qkv(rows=61, keys=61)
+    save(tmp_path, arrays)
+    arguments = ["x.safetensors", "--lse", "--backend", "cupy", "--bias", "bias.npy"]
+    for name, more in (("whole", []), ("pieces", ["--device-memory", "30KB"])):
+        status, said, err = attend(tmp_path, *arguments, "--out", f"{name}.safetensors", *more)
+        assert status == 0, err
+        assert ("in pieces of" in said) == (name == "pieces")
+    for name in ("out", "lse"):
+        whole, pieces = (load(tmp_path / f"{kind}.safetensors", name)[0] for kind in ("whole", "pieces"))
+        assert np.isfinite(whole).all()
+        assert difference(pieces, whole) <= TOLERANCES["float32"] * np.abs(whole).max()
+
+
 def test_no_more_of_the_gpu_is_taken_than_was_said(tmp_path):
     """Of wide heads, beside which scores are small."""
     arrays = qkv(rows=400, keys=400, width=512, values=512)

@@ -195,6 +195,9 @@ def where(condition, x, y):
     return found.astype(_np.float32) if found.dtype.name == "bfloat16" else found  # it has no loop for them
 
 
+broadcast_shapes = _np.broadcast_shapes
+
+
 def empty(shape, dtype=float, order="C"):
     return ndarray(shape, dtype, order=order)
 
