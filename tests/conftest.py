@@ -6,7 +6,7 @@ import os
 import pytest
 from launched import LAUNCHED, UNDER_TORCHRUN, world
 
-DEADLINE = 60  # seconds for one test of several ranks; a rank that hangs longer ends the whole run
+DEADLINE = 180  # seconds for one test of several ranks; a rank that hangs longer ends the whole run
 ERRORS = pytest.StashKey()
 
 

@@ -18,7 +18,7 @@ def record(path, *options, **variables):
     """(what the file holds, what the run printed) after a run of a few cases."""
     command = [sys.executable, "-P", "-m", "pytest", "-q", str(SUITE), "--cases", "few", "--record", str(path)]
     done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=100, env={**os.environ, **variables}
+        [*command, *options], capture_output=True, text=True, timeout=300, env={**os.environ, **variables}
     )
     return json.loads(path.read_text()) if path.exists() else None, done.stdout
 

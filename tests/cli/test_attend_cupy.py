@@ -24,7 +24,7 @@ def attend(folder, *arguments, ranks=1, **variables):
     launch = [*LAUNCH, str(ranks)] if ranks > 1 else []
     done = subprocess.run(
         [*launch, *COMMAND, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=60,
+        timeout=150,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -146,7 +146,7 @@ def test_no_more_of_the_gpu_is_taken_than_was_said(tmp_path):
     arguments = ["attend", "x.safetensors", "--out", "o.npy", "--quiet", "--backend", "cupy"]
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, *arguments, "--device-memory", "2MB"], cwd=tmp_path, check=True,
-        env={**os.environ, "PYTHONPATH": str(STAND_IN)}, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(STAND_IN)}, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert 500_000 < int(done.stdout) < 2_000_000 < sum(x.nbytes for x in arrays)
 
@@ -186,7 +186,7 @@ def test_a_file_that_ends_while_it_is_read(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "attend", "x.safetensors", "--out", "o.npy", "--backend", "cupy", *PIECES],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(STAND_IN)}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(STAND_IN)}, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (2, "ringcore: error: the file is gone\n")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

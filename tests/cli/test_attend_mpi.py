@@ -34,7 +34,7 @@ def start(folder, ranks, *arguments, code=None):
 def attend(folder, ranks, *arguments, code=None):
     """Its status, and what it said, less what the launcher adds."""
     with start(folder, ranks, *arguments, code=code) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=150)
     return process.returncode, out, err
 
 
@@ -210,7 +210,7 @@ def test_a_failure_on_one_rank_ends_all(tmp_path, name):
     status, _, err = attend(
         tmp_path, 3, "x.safetensors", "--out", "o.safetensors", "--check", 23, code=ON_RANK_1 + code
     )
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
     assert status != 0
     assert words in err
     assert err.count("ringcore: error: ") == 1
@@ -222,14 +222,14 @@ def test_a_failure_on_one_rank_ends_all(tmp_path, name):
 def test_a_signal_to_the_launcher_leaves_nothing(tmp_path, sent):
     save(tmp_path / "x.safetensors", qkv(rows=30000, keys=30000, batch=1, heads=8, key_heads=1, width=64, values=64))
     with start(tmp_path, 2, "x.safetensors", "--out", "o.safetensors") as process:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not list(tmp_path.glob("*.partial")) and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(0.7)
         process.send_signal(sent)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert process.returncode != 0
-    until = time.monotonic() + 5
+    until = time.monotonic() + 20
     while list(tmp_path.glob("*.partial")) and time.monotonic() < until:
         time.sleep(0.05)  # the launcher may leave before its ranks
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
@@ -244,7 +244,7 @@ def test_ranks_that_see_themselves_alone_do_not_all_write(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "attend", "x.safetensors", "--out", "o.safetensors"],
-        cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=50, check=False,
+        cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert "each sees itself alone" in done.stderr

@@ -34,7 +34,7 @@ def test_peak_memory_is_the_tensors_and_little_more(tmp_path, dtype, target, axe
     call = ["x.safetensors", "--out", "o.safetensors", "--window", "64,0", "--axes", axes, "--dtype", target, "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "ringcore.cli", "attend", *call, "--check", "2"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=50, check=True, env=environment,
+        cwd=tmp_path, capture_output=True, text=True, timeout=150, check=True, env=environment,
     )  # fmt: skip
     summary = json.loads(done.stdout)
     numbers = heads * rows * width

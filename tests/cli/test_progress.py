@@ -106,7 +106,7 @@ def test_a_terminal_sees_a_bar_and_the_rest_does_not(tmp_path, quiet):
                 shown += os.read(ours, 4096)
             except OSError:  # the other end is closed
                 break
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=90)
     os.close(ours)
     assert process.returncode == 0
     if quiet:

@@ -44,7 +44,7 @@ def command(ranks, *words):
     return [*(launcher(ranks) if ranks else []), sys.executable, *words]
 
 
-def launch(ranks, name, timeout=40, **further):
+def launch(ranks, name, timeout=120, **further):
     """(exit status, {rank: its lines}, all that came out)."""
     return launching.run(command(ranks, str(HERE / "scenarios.py"), name), environment(**further), timeout)
 
@@ -59,7 +59,7 @@ def nothing_left():
 
     before = state()
     yield
-    until = time.monotonic() + 5
+    until = time.monotonic() + 20
     while (left := [now - then for now, then in zip(state(), before, strict=True)]) != [set(), set()]:
         assert time.monotonic() < until, left
         time.sleep(0.1)
@@ -144,7 +144,7 @@ def test_a_rank_that_dies_ends_every_process(nothing_left):
     started = time.monotonic()
     status, _, output = launch(3, "dies")
     assert status != 0, output
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("way", ["leaves_early", "does_not_enter"])
@@ -159,7 +159,7 @@ def test_a_rank_that_is_late_is_a_timeout_on_all(nothing_left):
     status, lines, output = launch(3, "times_out")
     assert status == 0, output
     assert all(re.match("(RingTimeout|PeerError)", lines[rank][0]) for rank in range(3)), output
-    assert "waited 1 s for rank 1" in output
+    assert "waited 3 s for rank 1" in output
 
 
 @pytest.mark.parametrize(("way", "name"), [("shapes_differ", "width of q and k"), ("keywords_differ", "causal")])
@@ -197,7 +197,7 @@ def test_interrupt_leaves_nothing_behind(who, nothing_left):
             pids[f"rank {rank}"] = int(pid)
         time.sleep(0.5)
         os.kill(pids.get(who, running.pid), signal.SIGINT)
-        output, _ = running.communicate(timeout=20)
+        output, _ = running.communicate(timeout=60)
     finally:
         running.kill()
         running.wait()

@@ -14,7 +14,7 @@ import pytest
 
 SCENARIOS = Path(__file__).parent / "gloo_scenarios.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-LIMIT = 90  # seconds; loading Torch in every rank takes most of them on a busy machine
+LIMIT = 200  # seconds; loading Torch in every rank takes most of them on a busy machine
 
 pytestmark = [
     pytest.mark.timeout(150),
@@ -61,7 +61,7 @@ def nothing_left():
     """Checks that no process outlives the test."""
     before = launching.processes(SCENARIOS.name)
     yield
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while left := launching.processes(SCENARIOS.name) - before:
         assert time.monotonic() < until, left
         time.sleep(0.1)
@@ -152,7 +152,7 @@ def test_a_rank_that_never_calls_is_a_timeout_on_all_others():
     status, lines, output = launch(3, "never_calls")
     assert status == 0, output
     assert all(re.match("(RingTimeout|PeerError)", lines[rank][0]) for rank in (0, 2)), output
-    assert "waited 1 s for rank 1 to take part in the call" in output
+    assert "waited 3 s for rank 1 to take part in the call" in output
 
 
 def test_a_rank_that_is_late_hears_of_the_timeout():
@@ -182,7 +182,7 @@ def test_interrupt_leaves_nothing_behind():
             assert line, "it ended before it was interrupted"
             begun += "pid" in line
         os.kill(running.pid, signal.SIGINT)
-        running.communicate(timeout=60)
+        running.communicate(timeout=120)
     finally:
         running.kill()
         running.wait()

@@ -11,7 +11,7 @@ import torch
 PROGRAM = Path(__file__).with_name("world.py")
 
 
-def on_ranks(scenario, folder, ranks=2, deadline=150):
+def on_ranks(scenario, folder, ranks=2, deadline=400):
     """What ``scenario`` returned on each rank. Every process is gone when this returns, or raises."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RINGCORE_TIMEOUT": "60", "WORLD_SIZE": str(ranks)}
     started = []

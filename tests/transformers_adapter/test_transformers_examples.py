@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def run(*command, deadline=150):
+def run(*command, deadline=400):
     done = subprocess.run([sys.executable, "-P", *command], capture_output=True, text=True, timeout=deadline)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -59,7 +59,7 @@ def rank_of(world, rank, carrier):
 def test_one_rank_that_fails_is_heard_at_once(one_fails, where, carrier):
     one_fails.where = where
     for seconds, said in in_threads(3, rank_of, carrier):
-        assert seconds < 3, "the deadline is 20 s"
+        assert seconds < 10, "the deadline is 20 s"
         if carrier is None:
             assert "pinned memory" in said
             assert "this rank finds no network" in said

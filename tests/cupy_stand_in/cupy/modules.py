@@ -113,7 +113,7 @@ def _built(code, options, expressions):
         source.write_text(body)
         lanes = f"-DLANES={LANES}"
         command = [*_compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", lanes, *kept, "-o", made, source]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if run.returncode:
             raise RuntimeError(f"the kernel does not compile:\n{run.stderr}")
         os.replace(made, library)

@@ -134,9 +134,11 @@ def test_a_kernel_that_fails_ends_the_ring_and_leaves_nothing(carrier, direction
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_a_rank_that_is_late_is_a_timeout_on_all(carrier):
-    host = MpiTransport(WORLD, device_buffers=True, timeout=1)
+    host = MpiTransport(WORLD, device_buffers=True)
     ring = CupyTransport(host, carrier=carrier)
     check(ring)
+    host.gather(b"")  # the deadline begins once the ring stands
+    host.timeout = host._line.timeout = 1
 
     class Late(ReferenceKernels):
         late = host.rank == ODD
@@ -144,13 +146,13 @@ def test_a_rank_that_is_late_is_a_timeout_on_all(carrier):
         def forward(self, *arrays, **keywords):
             if self.late:
                 self.late = False
-                time.sleep(4)
+                time.sleep(8)
             return super().forward(*arrays, **keywords)
 
     started = time.monotonic()
     with pytest.raises((RingTimeout, PeerError), match="waited 1 s for"):
         several(ring, Late())
-    assert time.monotonic() - started < (10 if host.rank == ODD else 3), "the GPU was waited for, not the host"
+    assert time.monotonic() - started < (20 if host.rank == ODD else 6), "the GPU was waited for, not the host"
     WORLD.Barrier()
     host.close()
 
@@ -175,7 +177,7 @@ def test_too_little_memory_on_one_rank_leaves_the_ring_usable(host, gradient):
     ring.close()
 
 
-def test_memory_is_flat_after_1000_calls(host):
+def test_memory_is_flat_after_many_calls(host):
     ring = CupyTransport(host)
     arrays = shards(whole(8 * host.size), host, "zigzag")
 
@@ -194,7 +196,7 @@ def test_memory_is_flat_after_1000_calls(host):
     for _ in range(3):
         call()
     before = used()
-    for _ in range(500):  # two calls of the ring each
+    for _ in range(500 if host.size == 2 else 50):  # two calls of the ring each
         call()
     assert used() == before
     ring.close()
