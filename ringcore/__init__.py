@@ -3,6 +3,7 @@
 from ringcore.api import ring_attention, ring_attention_vjp
 from ringcore.call import Call, Result, check_output_gradients
 from ringcore.discovery import find_transport
+from ringcore.documents import Documents
 from ringcore.errors import (
     AgreementError,
     DeviceError,
@@ -36,6 +37,7 @@ __all__ = [
     "Call",
     "Capabilities",
     "DeviceError",
+    "Documents",
     "DtypeError",
     "Explanation",
     "FileError",

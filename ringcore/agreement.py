@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ringcore.arguments import Arguments, library_name
+from ringcore.documents import Documents
 from ringcore.errors import AgreementError, PeerError
 from ringcore.layout import Layout
 from ringcore.partial import device_kind
@@ -89,7 +90,10 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "softcap": arguments.score.softcap,
         "query_offset": arguments.offsets,
         "key_lengths": arguments.key_lengths,
-        "layout": _layout_note(arguments.layout),
+        "documents": _documents_note(arguments.documents),
+        "sinks": "no sinks" if arguments.sinks is None else "sinks",
+        "layout of q": _layout_note(arguments.q_layout),
+        "layout of k and v": _layout_note(arguments.k_layout),
         **columns,
         **further,
     }
@@ -103,6 +107,13 @@ def _explain(due: dict[str, Any], came: dict[str, Any], rank: int) -> None:
                 f"the ranks disagree on {name}: {due.get(name)!r} on rank 0, {came.get(name)!r} on rank {rank}. "
                 "Every rank must make the same call, with its own shard of q, k and v."
             )
+
+
+def _documents_note(documents: Documents | None) -> str:
+    if documents is None:
+        return "no documents"
+    digest = hashlib.sha256(repr(documents.runs).encode()).hexdigest()[:16]
+    return f"{len(documents.runs[0])} of {documents.length} positions {digest}"
 
 
 def _layout_note(layout: str | Layout) -> str:

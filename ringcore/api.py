@@ -37,7 +37,12 @@ def ring_attention(
     mask: Array | None = None,
     query_offset: int | Sequence[int] = 0,
     key_lengths: Sequence[int] | None = None,
+    documents: Any = None,
+    cu_seqlens: Any = None,
+    sinks: Array | None = None,
     layout: str | Layout = "contiguous",
+    q_layout: str | Layout | None = None,
+    k_layout: str | Layout | None = None,
     axes: str = "bhsd",
     return_lse: bool = False,
     kernels: Kernels | str | None = None,
@@ -65,7 +70,13 @@ def ring_attention(
         mask: bool, True = may attend; broadcasts likewise. With ``ring``, bias and mask hold this rank's rows.
         query_offset: the position of q's first row, one for all or one per batch entry.
         key_lengths: for each batch entry how many keys exist; those from there on are hidden.
+        documents: for each key's position the document that it is of, integers [N] or [B, N] on the host: a query
+            sees keys of its own document alone. Or a `Documents`, which is made once for many calls.
+        cu_seqlens: instead, where documents begin and end: 0, ..., N.
+        sinks: [H], one score for each head that every query sees beside the keys, without a value: it takes its part
+            in the sum of weights, and in lse. -inf is none.
         layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions.
+        q_layout, k_layout: the same for q (and out), and for k and v, where they differ.
         kernels: who computes, by name or object; None takes the best that is installed and able.
 
     Raises the errors of `ringcore.errors`, on every rank of a ring, before any tensor data is sent.
@@ -73,15 +84,16 @@ def ring_attention(
     """
     keywords: dict[str, Any] = {
         "ring": ring, "ring_size": ring_size, "causal": causal, "window": window, "scale": scale, "softcap": softcap,
-        "query_offset": query_offset, "key_lengths": key_lengths, "layout": layout, "axes": axes, "kernels": kernels,
+        "query_offset": query_offset, "key_lengths": key_lengths, "documents": documents, "cu_seqlens": cu_seqlens,
+        "layout": layout, "q_layout": q_layout, "k_layout": k_layout, "axes": axes, "kernels": kernels,
     }  # fmt: skip
     adapter = autograd_adapter(type(q))
     if adapter is not None:
-        found = sys.modules[adapter].attend(q, k, v, bias, mask, return_lse=return_lse, **keywords)
+        found = sys.modules[adapter].attend(q, k, v, bias, mask, sinks, return_lse=return_lse, **keywords)
         if found is not NotImplemented:
             return found
     prepared = Call("ring_attention", **keywords).prepare(
-        q, k, v, bias, mask, lambda _: check_flag("return_lse", return_lse)
+        q, k, v, bias, mask, sinks, further=lambda _: check_flag("return_lse", return_lse)
     )
     result = prepared.forward()
     out = swap_axes(result.out, axes)
@@ -104,25 +116,34 @@ def ring_attention_vjp(
     mask: Array | None = None,
     query_offset: int | Sequence[int] = 0,
     key_lengths: Sequence[int] | None = None,
+    documents: Any = None,
+    cu_seqlens: Any = None,
+    sinks: Array | None = None,
     layout: str | Layout = "contiguous",
+    q_layout: str | Layout | None = None,
+    k_layout: str | Layout | None = None,
     axes: str = "bhsd",
     kernels: Kernels | str | None = None,
 ) -> tuple[tuple[Array, Array], Pullback]:
     """Attention as `ring_attention`, with the function that turns gradients of its results into those of its inputs.
 
     Returns ``((out, lse), pullback)``; ``pullback(dout, dlse=None)`` gives one gradient for each name in ``wrt``
-    (out of "q", "k", "v", "bias"), in that order, each in its input's shape and dtype. dout has out's shape and
-    dtype, dlse is [B, H, S] and stands for zeros if None. The pullback keeps references to q, k, v, bias, mask and
-    out: do not change them before it runs. On a ring every rank calls it, once or more.
+    (out of "q", "k", "v", "bias", "sinks"), in that order, each in its input's shape and dtype. dout has out's shape
+    and dtype, dlse is [B, H, S] and stands for zeros if None. The pullback keeps references to q, k, v, bias, mask,
+    sinks and out: do not change them before it runs. On a ring every rank calls it, once or more.
 
-    The gradient of a bias with one row is, on a ring of processes, this rank's share: add the ranks' shares.
+    The gradient of sinks, and that of a bias with one row, is on a ring of processes this rank's share: add the ranks'
+    shares.
     """
     call = Call(
         "ring_attention_vjp", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale,
-        softcap=softcap, query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes,
-        kernels=kernels, gradient=True, wrt=wrt,
+        softcap=softcap, query_offset=query_offset, key_lengths=key_lengths, documents=documents,
+        cu_seqlens=cu_seqlens, layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
+        gradient=True, wrt=wrt,
     )  # fmt: skip
-    prepared = call.prepare(q, k, v, bias, mask, lambda _: check_detached(q=q, k=k, v=v, bias=bias))
+    prepared = call.prepare(
+        q, k, v, bias, mask, sinks, further=lambda _: check_detached(q=q, k=k, v=v, bias=bias, sinks=sinks)
+    )
     result = prepared.forward(keep_wide=True)
     out, lse, names = swap_axes(result.out, axes), result.lse, tuple(wrt)
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import array_api_compat
 
+from ringcore.documents import Documents, read_documents
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, UnsupportedError
+from ringcore.integers import integers_of_entries, is_integer
 from ringcore.layout import Layout, check_layout_name
 from ringcore.partial import FLOATING, accumulation_dtype, dtype_name
 from ringcore.values import Array, Score, namespace
@@ -22,7 +24,8 @@ AXES = ("bhsd", "bshd")
 class Arguments:
     """One rank's arguments: arrays as [B, H, S, D], bias and mask with four axes, keywords in full.
 
-    bias_shape is as it came. offsets has one entry per batch entry; key_lengths too, or is None for "all keys".
+    bias_shape is as it came. sinks [H]. offsets has one entry per batch entry; key_lengths too, or is None for "all
+    keys".
     """
 
     q: Array
@@ -31,12 +34,15 @@ class Arguments:
     bias: Array | None
     bias_shape: tuple[int, ...]
     mask: Array | None
+    sinks: Array | None
     score: Score
     causal: bool
     window: tuple[int | None, int | None]
     offsets: tuple[int, ...]
     key_lengths: tuple[int, ...] | None
-    layout: str | Layout
+    documents: Documents | None
+    q_layout: str | Layout
+    k_layout: str | Layout
     axes: str
 
     @property
@@ -52,40 +58,53 @@ class Arguments:
         }  # fmt: skip
         return frozenset(name for name, term in terms.items() if term is not None)
 
-    def about(self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None) -> Arguments:
+    def about(
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None
+    ) -> Arguments:
         """The same keywords about other arrays as they came, which were checked or are like those that were."""
         q, k, v = (swap_axes(x, self.axes) for x in (q, k, v))
         bias, mask = (None if x is None else _in_four_axes(x) for x in (bias, mask))
-        return replace(self, q=q, k=k, v=v, bias=bias, mask=mask)
+        return replace(self, q=q, k=k, v=v, bias=bias, mask=mask, sinks=sinks)
 
     def without_arrays(self) -> Arguments:
         """The keywords alone, which keep no array in memory."""
-        return replace(self, q=None, k=None, v=None, bias=None, mask=None)
+        return replace(self, q=None, k=None, v=None, bias=None, mask=None, sinks=None)
 
 
 def check_arguments(
     q: Array, k: Array, v: Array, *, causal: bool, window: Any, scale: float | None, softcap: float | None,
-    bias: Array | None, mask: Array | None, query_offset: Any, key_lengths: Any, layout: str | Layout, axes: str,
+    bias: Array | None, mask: Array | None, sinks: Array | None = None, query_offset: Any, key_lengths: Any,
+    documents: Any = None, cu_seqlens: Any = None, layout: str | Layout, q_layout: str | Layout | None = None,
+    k_layout: str | Layout | None = None, axes: str,
 ) -> Arguments:  # fmt: skip
     """The arguments in full, or the first error among them. Lengths across ranks are checked later."""
     if not isinstance(axes, str) or axes not in AXES:
         raise KeywordError(f'axes is {axes!r}; it must be "bhsd" (batch, heads, sequence, width) or "bshd".')
-    _check_arrays({"q": q, "k": k, "v": v, "bias": bias, "mask": mask})
+    _check_arrays({"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks})
     q, k, v = _checked_shapes(q, k, v, axes)
-    check_layout_name(layout)
+    for name, given in (("layout", layout), ("q_layout", q_layout), ("k_layout", k_layout)):
+        if given is not None or name == "layout":
+            check_layout_name(given, name)
     check_flag("causal", causal)
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ShapeError(
+            f"sinks has shape {tuple(sinks.shape)}; it must hold one score for each of q's {q.shape[1]} heads, [H]."
+        )
     batch = q.shape[0]
     return Arguments(
         q, k, v,
         bias=None if bias is None else _four_axes("bias", bias, q),
         bias_shape=() if bias is None else tuple(bias.shape),
         mask=None if mask is None else _four_axes("mask", mask, q),
+        sinks=sinks,
         score=Score(_scale(scale, q), _softcap(softcap, q)),
         causal=bool(causal),
         window=check_window(window, bool(causal)),
-        offsets=tuple(_integers("query_offset", query_offset, batch)),
+        offsets=tuple(integers_of_entries("query_offset", query_offset, batch, one_for_all=True)),
         key_lengths=None if key_lengths is None else _key_lengths(key_lengths, batch),
-        layout=layout,
+        documents=_checked_documents(read_documents(documents, cu_seqlens), batch),
+        q_layout=layout if q_layout is None else q_layout,
+        k_layout=layout if k_layout is None else k_layout,
         axes=axes,
     )  # fmt: skip
 
@@ -190,10 +209,11 @@ def _check_arrays(arrays: dict[str, Any]) -> None:
         raise DtypeError(
             f"mask holds {dtype_name(mask)}; it must be bool, True = may attend. For added scores use bias."
         )
-    if "bias" in given and dtype_name(bias := given["bias"]) not in FLOATING:
-        raise DtypeError(
-            f"bias holds {dtype_name(bias)}; it is added to the scores and must be one of {', '.join(FLOATING)}."
-        )
+    for name, what in (("bias", "added to the scores"), ("sinks", "a score for each head")):
+        if name in given and dtype_name(given[name]) not in FLOATING:
+            raise DtypeError(
+                f"{name} holds {dtype_name(given[name])}; it is {what} and must be one of {', '.join(FLOATING)}."
+            )
 
 
 def _checked_shapes(q: Array, k: Array, v: Array, axes: str) -> tuple[Array, Array, Array]:
@@ -245,7 +265,7 @@ def _in_four_axes(term: Array) -> Array:
 
 
 def within_range(bias: Array | None, q: Array) -> Array | None:
-    """The bias with its finite numbers in the range of the scores: one that rounded to -inf would hide its key."""
+    """A bias, or sinks, with finite numbers in the range of the scores: one that rounded to -inf would hide its key."""
     if bias is None or dtype_name(bias) != "float64" or dtype_name(q) == "float64":
         return bias
     xp = namespace(bias)
@@ -253,8 +273,8 @@ def within_range(bias: Array | None, q: Array) -> Array | None:
     return xp.where(xp.isfinite(bias), xp.clip(bias, -largest, largest), bias)
 
 
-def check_columns(arguments: Arguments, keys: int) -> None:
-    """Raise unless bias, mask and key_lengths fit the global number of keys."""
+def check_columns(arguments: Arguments, queries: int, keys: int) -> None:
+    """Raise unless bias, mask, key_lengths and documents fit the global numbers of queries and keys."""
     for name, term in (("bias", arguments.bias), ("mask", arguments.mask)):
         if term is not None and term.shape[3] not in (1, keys):
             raise ShapeError(
@@ -264,6 +284,19 @@ def check_columns(arguments: Arguments, keys: int) -> None:
     for entry, length in enumerate(arguments.key_lengths or ()):
         if length > keys:
             raise KeywordError(f"key_lengths is {length} for batch entry {entry}, but there are only {keys} keys.")
+    if arguments.documents is None:
+        return
+    if (length := arguments.documents.length) != keys:
+        raise KeywordError(
+            f"the documents end at position {length}, but there are {keys} keys over all ranks. Give every rank the "
+            "documents of the whole sequence."
+        )
+    for entry, offset in enumerate(arguments.offsets):
+        if queries and not 0 <= offset <= keys - queries:
+            raise KeywordError(
+                f"the queries of batch entry {entry} are at the positions {offset} to {offset + queries - 1}, but "
+                f"documents are known for 0 to {keys - 1}: none can be told for the others. Change query_offset."
+            )
 
 
 def _scale(scale: Any, q: Array) -> float:
@@ -302,43 +335,20 @@ def _number(name: str, value: Any, q: Array) -> float:
     return number
 
 
+def _checked_documents(documents: Documents | None, batch: int) -> Documents | None:
+    if documents is not None and len(documents.runs) not in (1, batch):
+        raise KeywordError(
+            f"documents has {len(documents.runs)} rows; it must be [N] for all {batch} batch entries, or one row for "
+            "each of them."
+        )
+    return documents
+
+
 def _key_lengths(key_lengths: Any, batch: int) -> tuple[int, ...]:
-    lengths = tuple(_integers("key_lengths", key_lengths, batch))
+    lengths = tuple(integers_of_entries("key_lengths", key_lengths, batch, one_for_all=False))
     if min(lengths, default=0) < 0:
         raise KeywordError(f"key_lengths is {list(lengths)}; a number of keys is 0 or more.")
     return lengths
-
-
-def _integers(name: str, value: Any, batch: int) -> list[int]:
-    """One host integer per batch entry, from one number or a sequence."""
-    if is_integer(value):
-        if name == "key_lengths":
-            raise KeywordError(
-                f"key_lengths is the number {value}; give one number for each of the {batch} batch entries."
-            )
-        return [int(value)] * batch
-    due = "be an integer, or hold one" if name == "query_offset" else "hold one integer"
-    due = f"it must {due} for each of the {batch} batch entries"
-    try:
-        length = value.shape[0] if getattr(value, "shape", ()) else len(value)  # not every array has a len
-        entries = [value[i] for i in range(length)]
-        if not all(is_integer(entry) for entry in entries):
-            raise TypeError
-    except (TypeError, LookupError) as exc:
-        raise KeywordError(f"{name} is {value!r}; {due}.") from exc
-    if length != batch:
-        raise KeywordError(f"{name} has {length} entries; {due}.")
-    return [int(entry) for entry in entries]
-
-
-def is_integer(value: Any) -> bool:
-    """Whether ``value`` is a whole number of the host or an array without axes that holds one; bool is none."""
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, int):
-        return True
-    dtype = str(getattr(value, "dtype", "")).rpartition(".")[2]
-    return getattr(value, "shape", None) == () and dtype.startswith(("int", "uint"))
 
 
 def _listed(named: dict[str, str]) -> str:

@@ -17,13 +17,14 @@ from ringcore.arguments import (
     check_array,
     check_detached,
     conversion,
-    is_integer,
     library_name,
     swap_axes,
     within_range,
 )
 from ringcore.discovery import choose_kernels, find_arithmetic, find_transport
+from ringcore.documents import in_numbers
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, TransportError
+from ringcore.integers import is_integer
 from ringcore.layout import Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.protocols import Kernels, Transport
@@ -37,7 +38,7 @@ _KEPT = 64  # signatures that a call remembers
 _PLAIN = (type(None), bool, int, float, str)
 _known_of_ring: WeakKeyDictionary[Transport, dict[str, dict[Any, Known]]] = WeakKeyDictionary()
 _TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
-GRADIENTS = ("q", "k", "v", "bias")
+GRADIENTS = ("q", "k", "v", "bias", "sinks")
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ class Call:
     layout: str | Layout
     axes: str
     kernels: Kernels | str | None
+    documents: Any = None
+    cu_seqlens: Any = None
+    q_layout: str | Layout | None = None
+    k_layout: str | Layout | None = None
     gradient: bool = False
     wrt: Any = ()
     known: dict[Any, Known] | None = field(default=None, repr=False, compare=False)
 
     def prepare(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None, *,
         further: Callable[[Arguments], None] = lambda arguments: None,
     ) -> Prepared:  # fmt: skip
         """Check everything that can be checked, on a ring together with the other ranks.
@@ -73,8 +78,8 @@ class Call:
         ``further`` checks what came beside these arguments. Raises the errors of `ringcore.errors`.
         """
         if self.ring is None:
-            known = self._about(self._remembered(None), q, k, v, bias, mask)
-            arguments = known.arguments.about(q, k, v, bias, mask)
+            known = self._about(self._remembered(None), q, k, v, bias, mask, sinks)
+            arguments = known.arguments.about(q, k, v, bias, mask, sinks)
             further(arguments)
             if known.local is None:
                 known.local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
@@ -84,8 +89,8 @@ class Call:
 
         def check() -> tuple[tuple[Arguments, Known], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
-            known = self._about(remembered, q, k, v, bias, mask)
-            arguments = known.arguments.about(q, k, v, bias, mask)
+            known = self._about(remembered, q, k, v, bias, mask, sinks)
+            arguments = known.arguments.about(q, k, v, bias, mask, sinks)
             further(arguments)
             if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
@@ -121,8 +126,9 @@ class Call:
         """What calls with equal keywords on the same ring found out, as long as it lives."""
         if self.known is not None:
             return self.known
-        keywords = [getattr(self, each.name) for each in fields(self) if each.name not in ("ring", "known")]
-        if not all(map(_plain, keywords)):
+        keywords = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("ring", "known")}
+        keywords |= {name: in_numbers(keywords[name]) for name in ("documents", "cu_seqlens")}
+        if not all(map(_plain, keywords.values())):
             return {}
         key = repr(keywords)  # in which 1, 1.0 and True differ
         if transport is None:
@@ -155,21 +161,22 @@ class Call:
         return known
 
     def choose(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None
     ) -> tuple[Arguments, Kernels, list[str]]:
         """The checked arguments, who computes, and why each one before was passed over; nothing is sent."""
         _check_ring_size(self.ring, self.ring_size)
         arguments = check_arguments(
-            q, k, v, bias=bias, mask=mask, causal=self.causal, window=self.window, scale=self.scale,
+            q, k, v, bias=bias, mask=mask, sinks=sinks, causal=self.causal, window=self.window, scale=self.scale,
             softcap=self.softcap, query_offset=self.query_offset, key_lengths=self.key_lengths,
-            layout=self.layout, axes=self.axes,
+            documents=self.documents, cu_seqlens=self.cu_seqlens, layout=self.layout, q_layout=self.q_layout,
+            k_layout=self.k_layout, axes=self.axes,
         )  # fmt: skip
         check_library = _library_check(arguments.q)
         if check_library is not None:
             check_library(arguments.q)
         needs = arguments.needs
         if self.gradient:
-            _check_wrt(self.wrt, bias)
+            _check_wrt(self.wrt, bias=bias, sinks=sinks)
             needs |= {"gradient", "bias_gradient"} if "bias" in self.wrt else {"gradient"}
         sharers = 1 if self.ring is None else find_transport(self.ring).sharers
         chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, needs, sharers)
@@ -221,12 +228,13 @@ class Prepared:
             session.split(x, layout)
             for x, layout in ((arguments.q, deal.q_layout), (arguments.k, deal.k_layout), (arguments.v, deal.k_layout))
         )
-        terms = within_range(arguments.bias, arguments.q), arguments.mask
+        bias, sinks = (within_range(term, arguments.q) for term in (arguments.bias, arguments.sinks))
+        terms = bias, arguments.mask
         biases, masks = (split_term(session, term, len(qs)) for term in terms)
         arithmetic = find_arithmetic(arguments.q)
         self._works = [
             ForwardWork(
-                *parts, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths,
+                *parts, sinks=sinks, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths,
                 arithmetic=arithmetic,
             )
             for parts in zip(qs, ks, vs, biases, masks, strict=True)
@@ -275,6 +283,9 @@ class Prepared:
         if "bias" in wrt and arguments.bias is not None:
             whole = join_term(session, [work.dbias for work in backward], arguments.bias)
             gradients["bias"] = xp.reshape(xp.astype(whole, arguments.bias.dtype, copy=False), arguments.bias_shape)
+        if "sinks" in wrt and arguments.sinks is not None:
+            shares = xp.stack([work.dsinks for work in backward])
+            gradients["sinks"] = xp.astype(xp.sum(shares, axis=0), arguments.sinks.dtype, copy=False)
         return tuple(gradients[name] for name in wrt)
 
 
@@ -286,7 +297,7 @@ def _known_alone(key: str) -> dict[Any, Known]:
 
 def _plain(x: Any) -> bool:
     """Whether x is all that its text says."""
-    return type(x) in _PLAIN or (type(x) in (tuple, list) and all(type(entry) in _PLAIN for entry in x))
+    return type(x) in _PLAIN or (type(x) in (tuple, list) and all(map(_plain, x)))
 
 
 def _library_check(q: Array) -> Callable[[Array], None] | None:
@@ -338,9 +349,10 @@ def _check_ring_size(ring: Any, ring_size: int | None) -> int:
     return int(ring_size)
 
 
-def _check_wrt(wrt: Sequence[str], bias: Array | None) -> None:
+def _check_wrt(wrt: Sequence[str], **terms: Array | None) -> None:
     names = list(wrt) if isinstance(wrt, Sequence) and not isinstance(wrt, str) else []
     if not names or any(name not in GRADIENTS or names.count(name) > 1 for name in names):
         raise KeywordError(f"wrt is {wrt!r}; it must hold some of {', '.join(GRADIENTS)}, each once, in a tuple.")
-    if "bias" in names and bias is None:
-        raise KeywordError('wrt holds "bias", but there is no bias. Give bias= or leave it out of wrt.')
+    for name, term in terms.items():
+        if name in names and term is None:
+            raise KeywordError(f'wrt holds "{name}", but there is no {name}. Give {name}= or leave it out of wrt.')

@@ -19,7 +19,7 @@ class Explanation:
     """Why a call runs as it does; ``str`` of it gives one fact a line.
 
     kernels: the name of those that compute. passed: "name: why not" of each that was passed over before them.
-    ring: where the ranks are and how blocks travel. layout: its name.
+    ring: where the ranks are and how blocks travel. layout: its name, or that of q's and that of k's and v's.
     """
 
     kernels: str
@@ -50,6 +50,11 @@ def explain(
     query_offset: int | Sequence[int] = 0,
     key_lengths: Sequence[int] | None = None,
     layout: str | Layout = "contiguous",
+    documents: Any = None,
+    cu_seqlens: Any = None,
+    sinks: Array | None = None,
+    q_layout: str | Layout | None = None,
+    k_layout: str | Layout | None = None,
     axes: str = "bhsd",
     return_lse: bool = False,
     kernels: Kernels | str | None = None,
@@ -61,7 +66,7 @@ def explain(
     group is collective, so that the first time every rank must be here. What only the ranks together can find wrong,
     such as lengths that do not fit the layout, is not looked for.
 
-    Shapes and dtypes: as for `ring_attention`; the numbers in q, k, v, bias and mask do not matter.
+    Shapes and dtypes: as for `ring_attention`; the numbers in q, k, v, bias, mask and sinks do not matter.
     wrt: of which inputs gradients will be wanted, as for `ring_attention_vjp`; where it is empty, of those tensors
         that require grad. Torch's autocast is not applied: give tensors of the dtype that it would convert to.
 
@@ -69,14 +74,15 @@ def explain(
     were asked for and cannot do the call.
     """
     check_flag("return_lse", return_lse)
-    recorded = zip(GRADIENTS, (q, k, v, bias), strict=True)
+    recorded = zip(GRADIENTS, (q, k, v, bias, sinks), strict=True)
     wrt = wrt or tuple(name for name, x in recorded if getattr(x, "requires_grad", False) is True)
     call = Call(
         "explain", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
-        query_offset=query_offset, key_lengths=key_lengths, layout=layout, axes=axes, kernels=kernels,
+        query_offset=query_offset, key_lengths=key_lengths, documents=documents, cu_seqlens=cu_seqlens,
+        layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
         gradient=bool(wrt), wrt=wrt,
     )  # fmt: skip
-    arguments, chosen, passed = call.choose(q, k, v, bias, mask)
+    arguments, chosen, passed = call.choose(q, k, v, bias, mask, sinks)
     where = f"local ring of {ring_size or 1} rank(s), all in this process"
     if ring is not None:
         transport = find_transport(ring, like=arguments.q)
@@ -84,8 +90,13 @@ def explain(
             transport.check(arguments.q, arguments.k, arguments.v)
         where = transport_words(transport)
     return Explanation(
-        chosen.capabilities.name, tuple(passed), where, layout if isinstance(layout, str) else layout.name
+        chosen.capabilities.name, tuple(passed), where, _layout_words(arguments.q_layout, arguments.k_layout)
     )
+
+
+def _layout_words(*layouts: str | Layout) -> str:
+    of_q, of_k = (layout if isinstance(layout, str) else layout.name for layout in layouts)
+    return of_q if of_q == of_k else f"{of_q} for q, {of_k} for k and v"
 
 
 def transport_words(transport: Transport) -> str:

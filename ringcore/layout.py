@@ -139,10 +139,10 @@ def layout_of_lengths(layout: str | Layout, lengths: Sequence[int], what: str) -
     return resolved
 
 
-def check_layout_name(layout: object) -> None:
-    """Raise LayoutError unless ``layout`` is a Layout or the name of one."""
+def check_layout_name(layout: object, keyword: str = "layout") -> None:
+    """Raise LayoutError unless ``layout``, given as ``keyword``, is a Layout or the name of one."""
     if not isinstance(layout, Layout) and (not isinstance(layout, str) or layout not in NAMED):
-        raise LayoutError(f"layout is {layout!r}; it must be a ringcore.Layout or one of {', '.join(NAMED)}.")
+        raise LayoutError(f"{keyword} is {layout!r}; it must be a ringcore.Layout or one of {', '.join(NAMED)}.")
 
 
 def _check_counts(length: int, size: int) -> None:

@@ -149,11 +149,11 @@ class OneSided(Transport, Protocol):
         self,
         blocks: Blocks,
         specs: Mapping[int, Sequence[Spec]],
-        carried: Mapping[int, Sequence[Spec]] | None = None,
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]] | None = None,
     ) -> bool:
         """Make this rank's blocks readable. Collective.
 
-        ``specs`` is what each rank publishes, ``carried`` what will come home to it, if anything.
+        ``specs`` is what each rank publishes, ``carried`` what will come home to it, by its moves there, if anything.
         False, on every rank that could have shared, means that there is no room: use `exchange`.
         """
         ...

@@ -1,71 +1,29 @@
-"""Plans: which tiles a rank computes, in which order, and which blocks move meanwhile.
+"""Plans: in which order a rank computes its tiles, and which blocks move meanwhile.
 
 Everything here is plain Python over shapes and keywords; no array is touched.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from itertools import groupby, product
-from math import lcm
-from typing import Any
+from itertools import product, zip_longest
 
-from ringcore.arrays import slice_of
 from ringcore.layout import Layout
-from ringcore.values import NOTHING, Band, Move, Plan, Step, Tile, span
+from ringcore.tiling import Visibility, pieces, tiles_between
+from ringcore.values import Move, Plan, Step, Tile, span
 
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which keys a query sees, apart from a bias or mask array, and for which heads and batch entries.
-
-    window: how far left and right of itself a query sees, in positions; None is unbounded.
-    offsets: for each batch entry the position of q's first row. key_limits: for each batch entry how many
-    keys exist. joined: whether tiles may be joined across ranges of positions.
-    """
-
-    causal: bool
-    window: tuple[int | None, int | None]
-    offsets: tuple[int, ...]
-    key_limits: tuple[int, ...]
-    heads: int
-    key_heads: int
-    joined: bool = True
-
-    @property
-    def reach(self) -> tuple[int | None, int | None]:
-        """The smallest and the largest visible ``key position - query position``; None is unbounded."""
-        left, right = self.window
-        if self.causal:
-            right = 0 if right is None else min(right, 0)
-        return None if left is None else -left, right
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows of a shard: their places in it, and the global positions that they hold."""
-
-    local: slice
-    positions: range
-
-    def residues(self, step: int) -> list[Piece]:
-        """The piece cut into pieces whose positions are ``step`` apart."""
-        if len(self.positions) == 1:
-            return [self]
-        count = step // self.positions.step
-        places = range(self.local.start, self.local.stop)
-        cut = (Piece(slice_of(places[i::count]), self.positions[i::count]) for i in range(count))
-        return [piece for piece in cut if piece.positions]
+Tiles = Callable[[int, int], tuple[Tile, ...]]
+"""The tiles of a visitor's block at a resident rank: ``tiles(resident, visitor)``."""
 
 
 @lru_cache(maxsize=256)
 def ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
-    """Every rank's plan where k and v pass around the ring and q stays.
+    """Every rank's plan where k and v visit and q stays.
 
-    A block travels only as far as some rank sees a part of it.
+    Blocks pass around the ring, as far as some rank sees a part of them. Where queries see only keys near them or of
+    their document, and it moves less, the rows that a rank reads come straight from their owner.
     """
 
     @cache
@@ -77,17 +35,44 @@ def ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tu
         seen = span(tile for guest in guests for tile in tiles(guest, visitor))
         return None if len(seen) in (0, k_layout.lengths[visitor]) else seen
 
-    return rotation(q_layout.size, tiles, [rows(visitor) for visitor in range(q_layout.size)])
+    around = rotation(q_layout.size, tiles, [rows(visitor) for visitor in range(q_layout.size)])
+    if not visibility.near:
+        return around
+    straight = halo_plans(q_layout, k_layout, visibility)
+    return min(around, straight, key=lambda plans: _rows_sent(plans, k_layout))
 
 
-def rotation(
-    size: int, tiles: Callable[[int, int], tuple[Tile, ...]], rows: Sequence[range | None] | None = None
-) -> tuple[Plan, ...]:
+def halo_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
+    """Only rows of k and v that a rank reads travel, from their owner straight to it; their gradients likewise."""
+    size = k_layout.size
+    parts: dict[tuple[int, int], range] = {}
+    for resident, owner in product(range(size), repeat=2):
+        seen = tiles_between(q_layout.shards[resident], k_layout.shards[owner], visibility)
+        if seen and resident != owner:
+            parts[resident, owner] = _hull(seen)
+
+    def tiles(resident: int, owner: int) -> tuple[Tile, ...]:
+        shard = k_layout.shards[owner]
+        if (resident, owner) in parts:
+            shard = _cut(shard, parts[resident, owner])
+        elif resident != owner:
+            return ()
+        return tiles_between(q_layout.shards[resident], shard, visibility)
+
+    def visits(owner: int) -> Iterator[Visit]:
+        for hop in range(1, size):
+            guest = (owner + hop) % size
+            if (guest, owner) in parts:
+                yield Visit(hop, guest, giver=owner, sent=hop - 1, rows=parts[guest, owner])
+
+    return journeys([list(visits(owner)) for owner in range(size)], tiles)
+
+
+def rotation(size: int, tiles: Tiles, rows: Sequence[range | None] | None = None) -> tuple[Plan, ...]:
     """Every rank's plan in a ring where each rank's block visits the next ranks, one after the other.
 
-    ``tiles(resident, visitor)`` are the tiles of ``visitor``'s block at rank ``resident``. The accumulators of a
-    block follow it from its first guest on, and return to its owner from the last: those of its ``rows`` that guests
-    see, None is all.
+    The accumulators of a block follow it from its first guest on, and return to its owner from the last: those of its
+    ``rows`` that guests see, None is all.
     """
     table = {(resident, visitor): tiles(resident, visitor) for resident, visitor in product(range(size), repeat=2)}
     hops = [max((hop for hop in range(size) if table[(o + hop) % size, o]), default=0) for o in range(size)]
@@ -122,124 +107,85 @@ def _rotating_plan(
     return Plan(rank, size, tuple(steps), home)
 
 
-def tiles_between(rows: Iterable[range], columns: Iterable[range], visibility: Visibility) -> tuple[Tile, ...]:
-    """The tiles in which queries at positions ``rows`` see keys at positions ``columns``.
+@dataclass(frozen=True)
+class Visit:
+    """A stop of a block: ``guest`` reads it in ``step``; ``giver`` sent it in step ``sent``, whole or these rows."""
 
-    Batch entries of equal offset and key limit share their tiles. Neighbouring tiles are joined where one
-    band says what theirs say.
+    step: int
+    guest: int
+    giver: int
+    sent: int
+    rows: range | None = None
+
+
+@dataclass
+class _Draft:
+    block: int | None = None
+    tiles: tuple[Tile, ...] = ()
+    carry_in: Move | None = None
+    sends: list[Move] = field(default_factory=list)
+    receives: list[Move] = field(default_factory=list)
+    carry_out: list[Move] = field(default_factory=list)
+    drops: list[int] = field(default_factory=list)
+
+    def step(self) -> Step:
+        sends, receives, carry_out = (tuple(moves) for moves in (self.sends, self.receives, self.carry_out))
+        return Step(self.block, self.tiles, sends, receives, self.carry_in, carry_out, tuple(self.drops))
+
+
+def journeys(visits: Sequence[Sequence[Visit]], tiles: Tiles) -> tuple[Plan, ...]:
+    """Every rank's plan, given where each rank's block goes after its own rank read it in step 0.
+
+    Accumulators follow a whole block where its next visit is one step later, and else go home.
     """
-    rows, columns = tuple(rows), tuple(columns)
-    found: list[Tile] = []
-    first = 0
-    for (offset, limit), group in groupby(zip(visibility.offsets, visibility.key_limits, strict=True)):
-        batch = slice(first, first := first + len(list(group)))
-        row_pieces = pieces(range(piece.start + offset, piece.stop + offset, piece.step) for piece in rows)
-        column_pieces = [_below(piece, limit) for piece in pieces(columns)]
-        grid = [[_cell(visibility, batch, row, column) for column in column_pieces] for row in row_pieces]
-        if visibility.joined and all(len(cell) == 1 for line in grid for cell in line):
-            lines = [_joined([cell[0] for cell in line], _join_columns) for line in grid]
-            found += _joined([tile for line in lines for tile in line if tile.band != NOTHING], _join_rows)
-        else:
-            found += [tile for line in grid for cell in line for tile in cell]
-    return tuple(tile for tile in found if tile.band != NOTHING)
-
-
-def pieces(shard: Iterable[range]) -> list[Piece]:
-    """The ranges of a shard with their places in it."""
-    found: list[Piece] = []
-    start = 0
-    for positions in shard:
-        found.append(Piece(slice(start, start := start + len(positions), 1), positions))
-    return found
-
-
-def visible_band(rows: range, columns: range, reach: tuple[int | None, int | None]) -> Band:
-    """Which pairs of two ranges of equal step are visible, counted by index.
-
-    ``reach`` bounds the column's position minus the row's; None is unbounded.
-    """
-    gap, step = rows.start - columns.start, (rows if len(rows) > 1 else columns).step
-    lo, hi = reach
-    return Band(
-        None if lo is None else -((-lo - gap) // step),
-        None if hi is None else (hi + gap) // step,
-    ).clipped(len(rows), len(columns))
-
-
-def _cell(visibility: Visibility, batch: slice, row: Piece, column: Piece) -> list[Tile]:
-    """The tiles of one range of rows and one of columns: one, or one for each pair of residues."""
-
-    def tile(row: Piece, column: Piece, band: Band) -> Tile:
-        heads = slice(0, visibility.heads), slice(0, visibility.key_heads)
-        return Tile(batch, *heads, row.local, column.local, (row.positions,), (column.positions,), band)
-
-    rows, columns, (lo, hi) = row.positions, column.positions, visibility.reach
-    if not rows or not columns:
-        return [tile(row, column, NOTHING)]
-    # Ranges that see each other wholly or not at all are known by their nearest and farthest pair, whatever the steps.
-    nearest, farthest = columns[0] - rows[-1], columns[-1] - rows[0]
-    if (lo is None or nearest >= lo) and (hi is None or farthest <= hi):
-        return [tile(row, column, Band())]
-    if (lo is not None and farthest < lo) or (hi is not None and nearest > hi):
-        return [tile(row, column, NOTHING)]
-    step = lcm(*(positions.step for positions in (rows, columns) if len(positions) > 1))
-    cut = product(row.residues(step), column.residues(step))
-    return [tile(r, c, visible_band(r.positions, c.positions, visibility.reach)) for r, c in cut]
-
-
-def _below(piece: Piece, limit: int) -> Piece:
-    """The part of a piece whose positions are smaller than ``limit``."""
-    count = bisect_left(piece.positions, limit)
-    return Piece(slice(piece.local.start, piece.local.start + count, 1), piece.positions[:count])
-
-
-def _joined(tiles: Sequence[Tile], join: Callable[[Tile, Tile], Tile | None]) -> list[Tile]:
-    found: list[Tile] = []
-    for tile in tiles:
-        for index, earlier in enumerate(found):
-            both = join(earlier, tile)
-            if both:
-                found[index] = both
-                break
-        else:
-            found.append(tile)
-    return found
-
-
-def _join_columns(left: Tile, right: Tile) -> Tile | None:
-    """One tile for two side by side, or None if no band says what theirs say."""
-    if left.rows != right.rows or left.columns.stop != right.columns.start:
-        return None
-    return _join(
-        left,
-        right,
-        (0, left.width),
-        columns=slice(left.columns.start, right.columns.stop, 1),
-        column_positions=left.column_positions + right.column_positions,
+    size = len(visits)
+    count = 1 + max((visit.step for stops in visits for visit in stops), default=0)
+    drafts = [[_Draft() for _ in range(count)] for _ in range(size)]
+    homes: list[list[Move]] = [[] for _ in range(size)]
+    for owner, stops in enumerate(visits):
+        drafts[owner][0].block, drafts[owner][0].tiles = owner, tiles(owner, owner)
+        for visit, following in zip_longest(stops, stops[1:]):
+            drafts[visit.giver][visit.sent].sends.append(Move(visit.guest, owner, visit.rows))
+            drafts[visit.guest][visit.sent].receives.append(Move(visit.giver, owner, visit.rows))
+            draft = drafts[visit.guest][visit.step]
+            draft.block, draft.tiles = owner, tiles(visit.guest, owner)
+            if following and following.step == visit.step + 1 and visit.rows is None:
+                draft.carry_out.append(Move(following.guest, owner))
+                drafts[following.guest][following.step].carry_in = Move(visit.guest, owner)
+            else:
+                draft.carry_out.append(Move(owner, owner, visit.rows))
+                homes[owner].append(Move(visit.guest, owner, visit.rows))
+    for rank in range(size):
+        last = {b: t for t, draft in enumerate(drafts[rank]) for b in (draft.block, *(m.block for m in draft.sends))}
+        for block, time in last.items():
+            if block is not None:
+                drafts[rank][time].drops.append(block)
+    return tuple(
+        Plan(rank, size, tuple(draft.step() for draft in drafts[rank]), tuple(homes[rank])) for rank in range(size)
     )
 
 
-def _join_rows(upper: Tile, lower: Tile) -> Tile | None:
-    """One tile for two above each other, or None if no band says what theirs say."""
-    if upper.columns != lower.columns or upper.rows.stop != lower.rows.start:
-        return None
-    return _join(
-        upper,
-        lower,
-        (upper.height, 0),
-        rows=slice(upper.rows.start, lower.rows.stop, 1),
-        row_positions=upper.row_positions + lower.row_positions,
-    )
+def _rows_sent(plans: Sequence[Plan], layout: Layout) -> int:
+    moves = (move for plan in plans for step in plan.steps for move in step.sends)
+    return sum(layout.lengths[move.block] if move.rows is None else len(move.rows) for move in moves)
 
 
-def _join(first: Tile, second: Tile, origin: tuple[int, int], **extent: Any) -> Tile | None:
-    """``first`` grown to ``extent``; ``second`` begins at ``origin`` = (row, column) of it."""
-    back = second.band.shifted(-origin[0], -origin[1])
-    # What hides a whole tile is told by its neighbour's band, never by NOTHING's own bounds.
-    telling = [band for tile, band in ((first, first.band), (second, back)) if tile.band != NOTHING] or [NOTHING]
-    bounds = product({band.lo for band in telling}, {band.hi for band in telling})
-    for band in (Band(*pair) for pair in bounds):
-        fits_first = band.clipped(first.height, first.width) == first.band
-        if fits_first and band.shifted(*origin).clipped(second.height, second.width) == second.band:
-            return replace(first, band=band, **extent)
-    return None
+def _hull(tiles: Sequence[Tile]) -> range:
+    """The shortest run of local columns that holds all that the tiles show."""
+    seen = [
+        range(tile.columns.start, tile.columns.stop, tile.columns.step)[
+            slice(*tile.band.columns(0, tile.height, tile.width))
+        ]
+        for tile in tiles
+    ]
+    return range(min(places[0] for places in seen), max(places[-1] for places in seen) + 1)
+
+
+def _cut(shard: Sequence[range], rows: range) -> tuple[range, ...]:
+    """The ranges of a part of a shard."""
+    found = []
+    for piece in pieces(shard):
+        first, last = max(rows.start, piece.local.start), min(rows.stop, piece.local.stop)
+        if first < last:
+            found.append(piece.positions[first - piece.local.start : last - piece.local.start])
+    return tuple(found)

@@ -17,7 +17,8 @@ from ringcore.local import run_local
 from ringcore.partition import shard, unshard
 from ringcore.protocols import OneSided, Transport
 from ringcore.ring import Work, ring
-from ringcore.schedule import Visibility, ring_plans
+from ringcore.schedule import ring_plans
+from ringcore.tiling import Visibility
 from ringcore.values import Array, Blocks, Move, Plan, namespace
 
 
@@ -61,9 +62,9 @@ class LocalSession:
 
     def __init__(self, arguments: Arguments, size: int) -> None:
         q_length, k_length = arguments.q.shape[2], arguments.k.shape[2]
-        q_layout = resolve_layout(arguments.layout, q_length, size, "q")
-        k_layout = resolve_layout(arguments.layout, k_length, size, "k")
-        plans = ring_plans(q_layout, k_layout, visibility_of(arguments, k_length))
+        q_layout = resolve_layout(arguments.q_layout, q_length, size, "q")
+        k_layout = resolve_layout(arguments.k_layout, k_length, size, "k")
+        plans = ring_plans(q_layout, k_layout, visibility_of(arguments, q_length, k_length))
         self.deal = Deal(q_layout, k_layout, plans)
         self._whole = q_layout.whole and k_layout.whole
 
@@ -97,8 +98,9 @@ class ProcessSession:
 
     def __init__(self, transport: Transport, arguments: Arguments, agreed: Agreed) -> None:
         self.transport, self.call = transport, agreed.call
-        visibility = visibility_of(arguments, sum(agreed.k_lengths))
-        self.deal = _dealt(arguments.layout, agreed.q_lengths, agreed.k_lengths, visibility)
+        visibility = visibility_of(arguments, sum(agreed.q_lengths), sum(agreed.k_lengths))
+        layouts = arguments.q_layout, arguments.k_layout
+        self.deal = _dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility)
 
     def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
         """This rank's shard, which x already is."""
@@ -141,11 +143,10 @@ class ProcessSession:
             raise
 
     def _published(self, transport: OneSided, work: Work) -> bool:
-        owners = [Move(rank, rank) for rank in range(transport.size)]
-        specs, carried = (
-            {move.block: specs(move) for move in owners} for specs in (work.visiting_specs, work.carried_specs)
-        )
-        return transport.publish(work.visiting(), specs, carried if any(carried.values()) else None)
+        specs = {rank: work.visiting_specs(Move(rank, rank)) for rank in range(transport.size)}
+        carried = {plan.rank: {move: work.carried_specs(move) for move in plan.home} for plan in self.deal.plans}
+        carries = any(each for moves in carried.values() for each in moves.values())
+        return transport.publish(work.visiting(), specs, carried if carries else None)
 
 
 @lru_cache(maxsize=16)
@@ -154,27 +155,30 @@ def _is_one_sided(kind: type) -> bool:
     return all(hasattr(kind, name) for name in ("reaches", "publish", "fetch", "retire"))
 
 
-def visibility_of(arguments: Arguments, keys: int) -> Visibility:
-    """What plans must know of the arguments; ``keys`` is how many there are on all ranks together."""
-    check_columns(arguments, keys)
+def visibility_of(arguments: Arguments, queries: int, keys: int) -> Visibility:
+    """What plans must know of the arguments; ``queries`` and ``keys`` are how many all ranks have together."""
+    check_columns(arguments, queries, keys)
+    batch = len(arguments.offsets)
     return Visibility(
         causal=arguments.causal,
         window=arguments.window,
         offsets=arguments.offsets,
-        key_limits=arguments.key_lengths or (keys,) * len(arguments.offsets),
+        key_limits=arguments.key_lengths or (keys,) * batch,
         heads=arguments.q.shape[1],
         key_heads=arguments.k.shape[1],
         # A joined tile may hold several ranges of columns, which no slice of a bias or mask names.
         joined=arguments.bias is None and arguments.mask is None,
+        documents=None if arguments.documents is None else arguments.documents.of_entries(batch),
     )
 
 
 @lru_cache(maxsize=64)
 def _dealt(
-    layout: str | Layout, q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], visibility: Visibility
-) -> Deal:
-    """How shards of these lengths are dealt by the layout. Raises LayoutError if the lengths are not the layout's."""
-    q_layout, k_layout = layout_of_lengths(layout, q_lengths, "q"), layout_of_lengths(layout, k_lengths, "k")
+    q_layout: str | Layout, k_layout: str | Layout, q_lengths: tuple[int, ...], k_lengths: tuple[int, ...],
+    visibility: Visibility,
+) -> Deal:  # fmt: skip
+    """How shards of these lengths are dealt by the layouts. Raises LayoutError if the lengths are not the layouts'."""
+    q_layout, k_layout = layout_of_lengths(q_layout, q_lengths, "q"), layout_of_lengths(k_layout, k_lengths, "k")
     return Deal(q_layout, k_layout, ring_plans(q_layout, k_layout, visibility))
 
 

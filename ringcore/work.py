@@ -22,12 +22,13 @@ class ForwardWork:
     """q stays, (k, v) visit, the partial of q's rows accumulates here."""
 
     def __init__(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None,
         *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic = _STANDARD,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.bias, self.mask = q, k, v, bias, mask
+        self.q, self.k, self.v, self.bias, self.mask, self.sinks = q, k, v, bias, mask, sinks
         self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
-        self.state: Partial | None = None
+        # A sink is a key that every query of its head sees, without a value: the sums begin with it, once.
+        self.state = None if sinks is None else _partial_of_sinks(sinks, q, v.shape[-1])
         self.last: tuple[tuple[Any, ...], Partial] | None = None
 
     def visiting(self) -> Blocks:
@@ -108,7 +109,7 @@ class ForwardWork:
 class BackwardWork:
     """q, dout and the row statistics stay, (k, v) visit, dq and dbias accumulate here, (dk, dv) are carried home.
 
-    ``wide`` is ``out`` before its last cast. ``wanted`` names the gradients to compute, out of q, k, v and bias.
+    ``wide`` is ``out`` before its last cast. ``wanted`` names the gradients to compute, out of q, k, v, bias and sinks.
     """
 
     def __init__(
@@ -122,10 +123,11 @@ class BackwardWork:
         self.dq = None
         self.sum = Sum(forward.q)
         self.dbias = _zeros(forward.bias) if "bias" in wanted else None
+        if not forward.fused or "sinks" in wanted:
+            self.delta = _delta(dout, wide, dlse)
         if forward.fused:
             self.rows = {"out": out, "lse": forward.arithmetic.finished_lse(maximum, total, math.inf), "dlse": dlse}
             return
-        self.delta = _delta(dout, wide, dlse)
         self.dq = _zeros(forward.q) if "q" in wanted else None
 
     def visiting(self) -> Blocks:
@@ -199,6 +201,15 @@ class BackwardWork:
             score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
             **{name: None if x is None else x[rows] for name, x in self.rows.items()},
         )  # fmt: skip
+
+    @property
+    def dsinks(self) -> Array:
+        """This rank's share of the gradient of sinks [H]: over its own rows, from the finished statistics alone."""
+        xp, sinks = namespace(self.maximum), self.forward.sinks
+        seen = self.total > 0
+        gap = xp.astype(sinks, self.maximum.dtype)[:, None] - xp.where(seen, self.maximum, 0.0)
+        weights = xp.where(seen, xp.exp(gap) / xp.where(seen, self.total, 1.0), 0.0)
+        return -xp.sum(weights * self.delta, axis=(0, 2))
 
     def complete(self) -> None:
         """dq [B, H, S, D] is the sum over all blocks."""
@@ -277,6 +288,13 @@ def _covers(x: Array, tile: Tile) -> bool:
 def _terms(bias: Array | None, mask: Array | None, tile: Tile) -> dict[str, Array | None]:
     terms = {"bias": bias, "mask": mask}
     return {name: None if term is None else term[term_index(term, tile)] for name, term in terms.items()}
+
+
+def _partial_of_sinks(sinks: Array, q: Array, width: int) -> Partial:
+    """What q's rows have seen once they saw their head's sink: its score, and no value."""
+    xp, empty = namespace(q), empty_partial(q, width)
+    score = xp.astype(sinks, empty.maximum.dtype)[:, None] + xp.zeros_like(empty.total)
+    return Partial(empty.weighted, score, xp.astype(score != -math.inf, empty.total.dtype))
 
 
 def _delta(dout: Array, out: Array, dlse: Array | None) -> Array:

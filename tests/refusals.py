@@ -87,6 +87,14 @@ WRONG = {
     "bias rows": ({"bias": np.zeros((LENGTH + 1, LENGTH))}, ShapeError, f"bias has shape ({LENGTH + 1}, {LENGTH})"),
     "bias integers": ({"bias": np.zeros((1, LENGTH), int)}, DtypeError, "bias holds int64"),
     "mask integers": ({"mask": np.zeros((1, LENGTH), int)}, DtypeError, "mask holds int64"),
+    "cu_seqlens that begin late": ({"cu_seqlens": [1, LENGTH]}, KeywordError, "cu_seqlens is [1, 12]"),
+    "cu_seqlens that fall": ({"cu_seqlens": [0, 8, 5, LENGTH]}, KeywordError, "goes from 8 to 5"),
+    "documents of numbers": ({"documents": [0.5] * LENGTH}, KeywordError, "documents is [0.5"),
+    "documents of three entries": ({"documents": [[0] * LENGTH] * 3}, KeywordError, "documents has 3 rows"),
+    "documents twice": ({"documents": [0] * LENGTH, "cu_seqlens": [0, LENGTH]}, KeywordError, "came together"),
+    "sinks of another length": ({"sinks": np.zeros(3)}, ShapeError, "sinks has shape (3,)"),
+    "sinks of integers": ({"sinks": np.zeros(4, int)}, DtypeError, "sinks holds int64"),
+    "layout of q": ({"q_layout": "spiral"}, LayoutError, "q_layout is 'spiral'"),
     "ring size": ({"ring_size": 2}, KeywordError, "ring_size=2 came together"),
 }
 WRONG_OF_VJP = {
@@ -94,6 +102,7 @@ WRONG_OF_VJP = {
     "wrt empty": ({"wrt": ()}, KeywordError, "wrt is ()"),
     "wrt nothing": ({"wrt": None}, KeywordError, "wrt is None"),
     "wrt of a bias": ({"wrt": ("q", "bias")}, KeywordError, "there is no bias"),
+    "wrt of sinks": ({"wrt": ("q", "sinks")}, KeywordError, "there is no sinks"),
 }
 
 
@@ -105,8 +114,12 @@ def disagreed(size):
         "open window": ({"window": (None, 2)}, "window"),
         "scale": ({"scale": 0.25}, "scale"),
         "softcap": ({"softcap": 3.0}, "softcap"),
-        "layout": ({"layout": "striped"}, "layout"),
-        "layout of one's own": ({"layout": ringcore.contiguous(LENGTH, size)}, "layout"),
+        "layout": ({"layout": "striped"}, "layout of q"),
+        "layout of one's own": ({"layout": ringcore.contiguous(LENGTH, size)}, "layout of q"),
+        "layout of k": ({"k_layout": "striped"}, "layout of k and v"),
+        "documents": ({"documents": [0] * (LENGTH - 1) + [1]}, "documents"),
+        "cu_seqlens": ({"cu_seqlens": [0, 5, LENGTH]}, "documents"),
+        "sinks": ({"sinks": np.zeros(4)}, "sinks"),
         "key lengths": ({"key_lengths": [3, 4]}, "key_lengths"),
         "query offset": ({"query_offset": 1}, "query_offset"),
         "query offsets": ({"query_offset": [0, 1]}, "query_offset"),

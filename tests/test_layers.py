@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 # Imports point down, or to the side without a circle.
 LAYERS = {
     1: ("errors", "partial", "values"),
-    2: ("arrays", "protocols"),
-    3: ("layout", "merge", "partition", "pieces", "schedule", "tile"),
+    2: ("arrays", "integers", "protocols"),
+    3: ("documents", "layout", "merge", "partition", "pieces", "schedule", "tile", "tiling"),
     4: ("agreement", "arguments", "call", "discovery", "exchange", "local", "probation", "ring", "session", "work"),
     5: ("__init__", "api", "cli", "explanation"),
 }

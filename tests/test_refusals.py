@@ -53,6 +53,9 @@ SHAPES = {
     "columns of bias": ({"bias": np.zeros((6, 5))}, ["bias has 5 columns", "there are 6 keys", "1 column or all"]),
     "rows of mask": ({"mask": np.ones((5, 6), bool)}, ["mask has shape (5, 6)", "axis S must be 1 or q's 6"]),
     "columns of mask": ({"mask": np.ones((6, 7), bool)}, ["mask has 7 columns", "there are 6 keys"]),
+    "sinks of no axes": ({"sinks": np.float64(1)}, ["sinks has shape ()", "each of q's 4 heads, [H]"]),
+    "sinks of key heads": ({"sinks": np.zeros(2)}, ["sinks has shape (2,)", "each of q's 4 heads, [H]"]),
+    "sinks of two axes": ({"sinks": np.zeros((2, 4))}, ["sinks has shape (2, 4)", "[H]"]),
     "mask of no axes": ({"mask": np.True_}, ["mask has 0 axes", "two to four"]),
 }
 DTYPES = {
@@ -73,6 +76,8 @@ DTYPES = {
     "bias number": ({"bias": 0.5}, ["bias is a float", "an array"]),
     "bias integers": ({"bias": np.zeros((6, 6), int)}, ["bias holds int64", "added to the scores", "float32"]),
     "bias bool": ({"bias": np.ones((6, 6), bool)}, ["bias holds bool", "added to the scores"]),
+    "sinks list": ({"sinks": [0.0] * 4}, ["sinks is a list", "an array"]),
+    "sinks integers": ({"sinks": np.zeros(4, int)}, ["sinks holds int64", "a score for each head", "float32"]),
     "mask list": ({"mask": [[True]]}, ["mask is a list", "an array"]),
     "mask function": ({"mask": lambda i, j: i >= j}, ["mask is a function", "an array"]),
     "mask integers": (
@@ -139,6 +144,37 @@ KEYWORDS = {
     "offsets float": ({"query_offset": [1.0, 2.0]}, ["query_offset is [1.0, 2.0]", "must be an integer"]),
     "offset bool": ({"query_offset": True}, ["query_offset is True", "must be an integer"]),
     "offset nothing": ({"query_offset": None}, ["query_offset is None", "must be an integer"]),
+    "documents too few": ({"documents": [0, 0, 1]}, ["documents end at position 3", "there are 6 keys"]),
+    "documents too many": ({"documents": np.arange(7)}, ["documents end at position 7", "there are 6 keys"]),
+    "documents of three entries": (
+        {"documents": np.zeros((3, 6), int)},
+        ["documents has 3 rows", "all 2 batch entries"],
+    ),
+    "documents of different lengths": ({"documents": [[0] * 6, [0] * 5]}, ["documents has rows of 6, 5 ids"]),
+    "documents of three axes": ({"documents": np.zeros((1, 1, 6), int)}, ["documents has 3 axes", "key"]),
+    "documents a number": ({"documents": 3}, ["documents is 3", "one integer for each key"]),
+    "documents a scalar array": ({"documents": np.array(3)}, ["documents has 0 axes"]),
+    "documents text": ({"documents": "aabbcc"}, ["documents is 'aabbcc'", "one integer for each key"]),
+    "documents float": ({"documents": np.zeros(6)}, ["documents is [0.0", "one integer for each key"]),
+    "documents bool": ({"documents": [True] * 6}, ["documents is [True", "one integer for each key"]),
+    "documents nested": ({"documents": [[[0] * 6]]}, ["documents is [[0, 0", "one integer for each key"]),
+    "queries before documents": (
+        {"documents": [0] * 6, "query_offset": -1},
+        ["queries of batch entry 0 are at the positions -1 to 4", "documents are known for 0 to 5", "query_offset"],
+    ),
+    "queries behind documents": (
+        {"documents": [0] * 6, "query_offset": [0, 2]},
+        ["queries of batch entry 1 are at the positions 2 to 7", "known for 0 to 5"],
+    ),
+    "documents twice": ({"documents": [0] * 6, "cu_seqlens": [0, 6]}, ["documents and cu_seqlens came together"]),
+    "cu_seqlens that begin late": ({"cu_seqlens": [2, 6]}, ["cu_seqlens is [2, 6]", "must begin with 0"]),
+    "cu_seqlens of nothing": ({"cu_seqlens": []}, ["cu_seqlens is []", "must begin with 0"]),
+    "cu_seqlens that fall": ({"cu_seqlens": [0, 4, 3, 6]}, ["from 4 to 3", "document 1 ends before it begins"]),
+    "cu_seqlens of an empty document": ({"cu_seqlens": [0, 4, 4, 6]}, ["from 4 to 4", "document 1 is empty"]),
+    "cu_seqlens that end early": ({"cu_seqlens": [0, 4]}, ["documents end at position 4", "there are 6 keys"]),
+    "cu_seqlens that overrun": ({"cu_seqlens": [0, 4, 8]}, ["documents end at position 8", "there are 6 keys"]),
+    "cu_seqlens float": ({"cu_seqlens": [0.0, 6.0]}, ["cu_seqlens is [0.0, 6.0]", "integers at which documents begin"]),
+    "cu_seqlens a number": ({"cu_seqlens": 6}, ["cu_seqlens is 6", "integers at which documents begin"]),
     "axes unknown": ({"axes": "bhds"}, ["axes is 'bhds'", '"bhsd"', '"bshd"']),
     "axes nothing": ({"axes": None}, ["axes is None", '"bhsd"']),
     "kernels unknown": ({"kernels": "fast"}, ["kernels is 'fast'", "the installed ones are reference, ", "numpy"]),
@@ -150,6 +186,8 @@ LAYOUTS = {
     "other case": ({"layout": "Zigzag"}, ["layout is 'Zigzag'", "ringcore.Layout or one of"]),
     "nothing": ({"layout": None}, ["layout is None", "ringcore.Layout or one of"]),
     "number": ({"layout": 2}, ["layout is 2", "ringcore.Layout or one of"]),
+    "of q unknown": ({"q_layout": "spiral"}, ["q_layout is 'spiral'", "contiguous, zigzag, striped"]),
+    "of k a number": ({"k_layout": 2}, ["k_layout is 2", "ringcore.Layout or one of"]),
     "another length": (
         {"layout": ringcore.zigzag(5, 2), "ring_size": 2},
         ["zigzag layout deals 5 positions to 2 ranks", "q has 6 positions and the ring 2 ranks", "Build the layout"],
@@ -210,6 +248,7 @@ def test_return_lse_other_than_true_or_false_is_refused(value):
         ([["q"]], ["wrt is [['q']]", "in a tuple"]),
         (iter("q"), ["wrt is <", "in a tuple"]),
         (("q", "bias"), ['wrt holds "bias"', "there is no bias", "Give bias="]),
+        (("sinks",), ['wrt holds "sinks"', "there is no sinks", "Give sinks="]),
     ],
 )
 def test_wrt_that_names_no_gradients_is_refused(wrt, said):
@@ -228,18 +267,14 @@ FUTURE = [
     "alibi",
     "attn_mask",
     "block_mask",
-    "documents",
     "dropout",
     "dropout_seed",
     "is_causal",
-    "k_layout",
     "partial",
     "prefix",
-    "q_layout",
     "reduce_replicated",
     "return_partial",
     "segment_lengths",
-    "sinks",
 ]
 
 

@@ -68,3 +68,23 @@ def test_long_arrays_of_numbers_are_told_apart():
     second = ringcore.ring_attention(q, k, v, key_lengths=lengths)
     assert not np.array_equal(first[1500], second[1500])
     np.testing.assert_allclose(second[1500], np.broadcast_to(v[1500, :, :1], second[1500].shape))
+
+
+@pytest.mark.parametrize("made", [np.array, list, ringcore.Documents.from_ids], ids=["array", "list", "Documents"])
+def test_a_call_with_other_documents_is_another_call(made):
+    q, k, v = draw()
+    length = q.shape[2]
+    for cut in (2, 5):
+        ids = [int(position >= cut) for position in range(length)]
+        mask = np.equal.outer(ids, ids)
+        for _ in range(2):
+            out = ringcore.ring_attention(q, k, v, documents=made(ids))
+            np.testing.assert_allclose(out, ringcore.ring_attention(q, k, v, mask=mask), atol=1e-14)
+
+
+def test_documents_that_change_in_place_are_read_anew():
+    q, k, v = draw()
+    ids = np.zeros(q.shape[2], int)
+    first = ringcore.ring_attention(q, k, v, documents=ids)
+    ids[3:] = 1
+    assert not np.array_equal(first, ringcore.ring_attention(q, k, v, documents=ids))

@@ -79,7 +79,10 @@ class Carriers:
         return self._in_place and self._ways is not None and owner in self._ways.near[reader]
 
     def publish(
-        self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]],
     ) -> None:
         """Begin a call. Collective. Raises KeywordError or UnsupportedError, on every rank, if nothing can carry."""
         try:
@@ -89,7 +92,10 @@ class Carriers:
             raise
 
     def _begin(
-        self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]],
     ) -> None:
         if self._ways is None:
             ways = find_ways(self._host, self._asked)

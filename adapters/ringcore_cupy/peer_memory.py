@@ -23,6 +23,7 @@ from ringcore_cupy.device_blocks import (
     copy_rows,
     empty_rows_first,
     lies_rows_first,
+    places_at_home,
     room,
     rows_first,
     size_of,
@@ -47,7 +48,9 @@ class PeerMemory:
         self._shared = SharedRegion(host, peers, (self._pulling.stream, self._pushing.stream))
         self._specs: Mapping[int, Sequence[Spec]] = {}
         self._ready: set[int] = set()  # whose blocks the pulling stream has waited for
-        self._home = self._slot = 0  # bytes: where accumulators that come home lie, and how many a slot has
+        # Bytes: where accumulators lie that (owner, peer) has carried home, and those of hops, and how many a slot has.
+        self._homes: dict[tuple[int, int], int] = {}
+        self._hops = self._slot = 0
         self._sent = self._received = 0
         self._next: int | None = None
         self._taken: tuple[int, int, int] | None = None  # of whose block which peer is to hear that which slot is free
@@ -61,12 +64,16 @@ class PeerMemory:
         return self._shared.lacking
 
     def publish(
-        self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]],
     ) -> bool:
         """Make ``blocks`` readable for the peers; False, on every rank, if one has no memory for it. Collective."""
-        self._home, self._slot = max(map(room, specs.values())), max(map(room, carried.values()), default=0)
-        slots = 1 if self._host.size == 2 else 3
-        if not self._shared.grown(self._home + slots * self._slot):
+        start = max(map(room, specs.values()))
+        self._homes, self._hops, self._slot = places_at_home(carried, start)
+        slots = 0 if self._host.size == 2 else 2  # between two ranks all go home
+        if not self._shared.grown(self._hops + slots * self._slot):
             return False
         self._specs = specs
         self._ready.clear()
@@ -121,7 +128,8 @@ class PeerMemory:
         with self._pushing.behind_caller() as stream:
             if not at_home and number >= 2:
                 region.wait(move.peer, f"taken {number % 2}", stream)
-            target = region.address(move.peer) + self._place(None if at_home else number)
+            place = self._homes[move.peer, self._host.rank] if at_home else self._hop(number)
+            target = region.address(move.peer) + place
             specs = [Spec(tuple(x.shape), x, x.dtype) for x in laid]
             for x, start in zip(laid, starts(specs), strict=False):
                 if x.nbytes:
@@ -178,18 +186,19 @@ class PeerMemory:
         region.wait(move.peer, event, cupy.cuda.get_current_stream())
         if number is not None:
             self._taken = move.peer, move.block, number % 2
+        begin = self._homes[self._host.rank, move.peer] if number is None else self._hop(number)
         found: list[Any] = []
         for place, (spec, start) in enumerate(zip(specs, starts(specs), strict=False)):
-            found += _arrays(region, self._place(number) + start, [spec], first=bool(flags >> place & 1))
+            found += _arrays(region, begin + start, [spec], first=bool(flags >> place & 1))
         return tuple(found)
 
     def expect(self, move: Move) -> Any:
         """The token of accumulators that come."""
         return self._listen(move)
 
-    def _place(self, number: int | None) -> int:
-        """Where accumulators lie in a region: those that come home, or those of a hop."""
-        return self._home if number is None else self._home + (1 + number % 2) * self._slot
+    def _hop(self, number: int) -> int:
+        """Where the accumulators of a hop lie in a region."""
+        return self._hops + number % 2 * self._slot
 
     def _await_slot(self) -> None:
         """Hear that the peer has recorded that the slot used two hops ago is free."""

@@ -99,7 +99,7 @@ class CupyTransport:
         self,
         blocks: Blocks,
         specs: Mapping[int, Sequence[Spec]],
-        carried: Mapping[int, Sequence[Spec]] | None = None,
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]] | None = None,
     ) -> bool:
         """Begin a call: make this rank's blocks readable for the ranks that reach its memory, if any. Collective.
 

@@ -124,7 +124,7 @@ class MpiTransport:
         self,
         blocks: Blocks,
         specs: Mapping[int, Sequence[Spec]],
-        carried: Mapping[int, Sequence[Spec]] | None = None,
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]] | None = None,
     ) -> bool:
         """Make this rank's blocks readable on its node. Collective over the ring. What is carried goes as messages.
 

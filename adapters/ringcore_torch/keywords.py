@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringcore import Call, KeywordError, Layout
+from ringcore import Call, Documents, KeywordError, Layout
 from ringcore_torch.groups import check_member, checked_group, group_of_name
 
 _GROUP = "process group"
@@ -84,6 +84,8 @@ def _call(name: str, text: str, changed: tuple[tuple[str, Any], ...], known: dic
 def _named(x: Any) -> Any:
     if isinstance(x, Layout):
         return {"layout": [[(r.start, r.stop, r.step) for r in shard] for shard in x.shards], "name": x.name}
+    if isinstance(x, Documents):
+        return {"runs": x.runs}
     if hasattr(x, "tolist"):  # numbers in an array or a tensor
         return x.tolist()
     return _kept(x)
@@ -118,6 +120,8 @@ def _found(x: dict[str, Any]) -> Any:
         return group_of_name(x[_GROUP])
     if "layout" in x and "name" in x:
         return Layout(tuple(tuple(range(*r) for r in shard) for shard in x["layout"]), x["name"])
+    if "runs" in x:
+        return Documents(tuple(tuple(tuple(run) for run in runs) for runs in x["runs"]))
     if "object" in x:
         found = _objects.get(x["object"], _for_ever.get(x["object"]))
         if found is None:

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
-from ringcore import Blocks, Spec, TransportError
+from ringcore import Blocks, Move, Spec, TransportError
 from ringcore_torch.circle import Circle
 from ringcore_torch.stream_messages import Letters, StreamMessages
 from ringcore_torch.watch import Watch
@@ -45,7 +45,10 @@ class NcclMessages(StreamMessages):
             _shake_hands(circle, channel, device)
 
     def publish(
-        self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]],
     ) -> None:
         """Nothing: no rank reads another's blocks in place. The call ends with `retire` all the same."""
         self._check()

@@ -13,19 +13,20 @@ from ringcore import Result, UnsupportedError, check_output_gradients
 from ringcore_torch.keywords import call_of, objects_of, text_of
 from ringcore_torch.partials import finished_lse
 
-_INPUTS = ("q", "k", "v", "bias")
+_INPUTS = ("q", "k", "v", "bias", "sinks")
 
 Tensor = torch.Tensor
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, *, return_lse: bool, **keywords: Any
-) -> Any:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None = None, *,
+    return_lse: bool, **keywords: Any,
+) -> Any:  # fmt: skip
     """`ringcore.ring_attention` on tensors: (out, lse) or out, with gradients where an input requires them.
 
     NotImplemented, where the arguments are such that `ringcore.ring_attention` must refuse them.
     """
-    given = [q, k, v, *(x for x in (bias, mask) if x is not None)]
+    given = [q, k, v, *(x for x in (bias, mask, sinks) if x is not None)]
     if type(return_lse).__name__ not in ("bool", "bool_") or not all(_takes(x, q.device) for x in given):
         return NotImplemented
     if any(isinstance(x, Tensor) and x.requires_grad for x in keywords.values()):
@@ -34,7 +35,7 @@ def attend(
         _refuse_numbers_in_arrays(keywords)
     else:
         _refuse_transforms(given)
-    inputs = zip(_INPUTS, (q, k, v, bias), strict=True)
+    inputs = zip(_INPUTS, (q, k, v, bias, sinks), strict=True)
     wrt = [name for name, x in inputs if x is not None and x.requires_grad and torch.is_grad_enabled()]
     device = q.device.type
     if torch.is_autocast_enabled(device):
@@ -42,11 +43,11 @@ def attend(
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     text = text_of(**keywords, wrt=wrt)
     if not _plain(given):
-        out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, mask, text)
+        out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, sinks, mask, text)
     elif wrt:
-        out, lse, _, _ = _Recorded.apply(q, k, v, bias, mask, text)  # type: ignore[no-untyped-call]
+        out, lse, _, _ = _Recorded.apply(q, k, v, bias, sinks, mask, text)  # type: ignore[no-untyped-call]
     else:
-        out, result = _run(q, k, v, bias, mask, text)
+        out, result = _run(q, k, v, bias, sinks, mask, text)
         lse = finished_lse(result.maximum, result.total, -torch.inf) if return_lse else None
     return (out, lse) if return_lse else out
 
@@ -57,20 +58,22 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     return not watched and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, text: str) -> tuple[Tensor, Result]:
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None, text: str
+) -> tuple[Tensor, Result]:
     """out in the caller's axes, its memory ordered as q's, and what else was found."""
     call = call_of("ring_attention", text)
     with _uncast(q):
-        result = call.prepare(*_detached(q, k, v, bias, mask)).forward()
+        result = call.prepare(*_detached(q, k, v, bias, mask, sinks)).forward()
     out = result.out if call.axes == "bhsd" else result.out.transpose(1, 2)
     return _with_strides(_out_strides(q, v), out), result
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, keywords: str
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None, keywords: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, maximum and total."""
-    out, result = _run(q, k, v, bias, mask, keywords)
+    out, result = _run(q, k, v, bias, sinks, mask, keywords)
     maximum, total = result.maximum.contiguous(), result.total.contiguous()
     return out, finished_lse(maximum, total, -torch.inf), maximum, total
 
@@ -80,7 +83,7 @@ _attend = torch.library.custom_op("ringcore::attend", _forward, mutates_args=())
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, keywords: str
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None, keywords: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     axes = call_of("ring_attention", keywords).axes
     out = q.new_empty_strided((*q.shape[:3], v.shape[3]), _out_strides(q, v))
@@ -92,7 +95,7 @@ def _(
 
 def _backward(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
+    sinks: Tensor | None, mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the names in ``wrt``."""
     names = tuple(wrt.split())
@@ -102,11 +105,15 @@ def _backward(
     dout, dlse, out, maximum, total = _detached(dout, dlse, out, maximum, total)
     rows = out if call.axes == "bhsd" else out.transpose(1, 2)
     result = Result(rows, rows, maximum, total)
-    q, k, v, bias, mask = _detached(q, k, v, bias, mask)
+    q, k, v, bias, mask, sinks = _detached(q, k, v, bias, mask, sinks)
+
+    def further(_: Any) -> None:
+        check_output_gradients(dout, dlse, out, maximum)
+
     with _uncast(q):
-        prepared = call.prepare(q, k, v, bias, mask, lambda _: check_output_gradients(dout, dlse, out, maximum))
+        prepared = call.prepare(q, k, v, bias, mask, sinks, further=further)
         found = prepared.backward(result, dout, dlse, names)
-    return [_stored_as(like, x) for like, x in zip(_named(names, q, k, v, bias), found, strict=True)]
+    return [_stored_as(like, x) for like, x in zip(_named(names, q, k, v, bias, sinks), found, strict=True)]
 
 
 _attend_backward = torch.library.custom_op("ringcore::attend_backward", _backward, mutates_args=())
@@ -115,9 +122,9 @@ _attend_backward = torch.library.custom_op("ringcore::attend_backward", _backwar
 @_attend_backward.register_fake
 def _(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
+    sinks: Tensor | None, mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(x) for x in _named(wrt.split(), q, k, v, bias)]
+    return [torch.empty_like(x) for x in _named(wrt.split(), q, k, v, bias, sinks)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,7 +146,7 @@ def _gradients(
     """One gradient, or None, for each input of the operator."""
     wrt = [name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=False) if needed]
     if dout is None and dlse is None:
-        return (None,) * 6
+        return (None,) * (len(_INPUTS) + 2)
     gradients = backward(dout, dlse, *ctx.saved_tensors, ctx.keywords, " ".join(wrt))
     found = dict(zip(wrt, gradients, strict=True))
     return *(found.get(name) for name in _INPUTS), None, None
@@ -176,7 +183,7 @@ def _takes(x: Any, device: torch.device) -> bool:
 
 def _refuse_numbers_in_arrays(keywords: dict[str, Any]) -> None:
     """Raise UnsupportedError for keywords whose numbers a compiled graph would keep as they were when it was traced."""
-    for name in ("scale", "softcap", "query_offset", "key_lengths"):
+    for name in ("scale", "softcap", "query_offset", "key_lengths", "documents", "cu_seqlens"):
         x = keywords[name]
         if hasattr(x, "tolist"):
             raise UnsupportedError(
@@ -200,7 +207,7 @@ def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
 
 
 def _named(names: Sequence[str], *inputs: Tensor | None) -> list[Tensor]:
-    """Those of q, k, v and bias that are named."""
+    """Those of q, k, v, bias and sinks that are named."""
     return [x for name in names if (x := dict(zip(_INPUTS, inputs, strict=True))[name]) is not None]
 
 

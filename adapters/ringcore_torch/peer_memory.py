@@ -58,7 +58,8 @@ class PeerMemory:
     """One rank's published blocks, and its accumulators on their way.
 
     A rank copies its visiting block into memory that all can read; each pulls what it needs beside its tiles.
-    Accumulators are pushed: to the next rank, which has two slots for them in turn, or home, where there is one.
+    Accumulators are pushed: to the next rank, which has two slots for them in turn, or home, where each peer has its
+    place.
     """
 
     explain = "peer memory: the GPUs' copy engines pull blocks and push gradients"
@@ -75,22 +76,27 @@ class PeerMemory:
         self._used: set[Any] = set()
         self._outgrown: list[Region] = []
         self._specs: Mapping[int, Sequence[Spec]] = {}
-        self._slot = 0  # bytes of one slot for accumulators
+        # Bytes: where accumulators lie that (owner, peer) has carried home, and those of hops, and how many a slot has.
+        self._homes: dict[tuple[int, int], int] = {}
+        self._hops = self._slot = 0
         self._sent = self._received = 0
         self._taken: tuple[int, int] | None = None  # who is to hear that which slot is free again
         self._next: int | None = None
         self.messages_sent = self.bytes_sent = 0
 
     def publish(
-        self, blocks: Blocks, specs: Mapping[int, Sequence[Spec]], carried: Mapping[int, Sequence[Spec]]
+        self,
+        blocks: Blocks,
+        specs: Mapping[int, Sequence[Spec]],
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]],
     ) -> None:
         """Make ``blocks`` readable; ``specs`` says what each rank publishes, ``carried`` what comes home to it."""
         self._specs = specs
         self._visiting = self._grown(self._visiting, max(map(_room, specs.values())))
-        self._slot = max(map(_room, carried.values()), default=0)
+        self._homes, self._hops, self._slot = _places_at_home(carried)
         if self._slot:
-            slots = 1 if self._circle.size == 2 else 3
-            self._carried = self._grown(self._carried, slots * self._slot)
+            slots = 0 if self._circle.size == 2 else 2  # between two ranks all go home
+            self._carried = self._grown(self._carried, self._hops + slots * self._slot)
         with self._beside(self._pulling):
             # Every rank is done with what was published, and with what came home, before.
             self._visiting.handle.barrier(_READY, self._deadline)
@@ -133,7 +139,7 @@ class PeerMemory:
             for move, specs in receives:
                 self._carried.handle.wait_signal(move.peer, _HOP, self._deadline)
                 slot, self._received = self._received % 2, self._received + 1
-                arriving[move] = self._carried.blocks(self._circle.rank, specs, (1 + slot) * self._slot)
+                arriving[move] = self._carried.blocks(self._circle.rank, specs, self._hops + slot * self._slot)
                 self._taken = move.peer, slot
             for move, blocks in sends:
                 self._push(self._carried, move, blocks)
@@ -160,21 +166,23 @@ class PeerMemory:
         if self._carried is None:
             raise LookupError("no memory for accumulators")
         self._carried.handle.wait_signal(move.peer, _HOME, self._deadline)
-        return self._carried.blocks(self._circle.rank, specs)
+        rank = self._circle.rank
+        return self._carried.blocks(rank, specs, self._homes[rank, move.peer])
 
     def _push(self, region: Region, move: Move, blocks: Blocks) -> None:
         self.messages_sent += len(blocks)
         self.bytes_sent += sum(x.nbytes for x in blocks)
         specs = [Spec(tuple(x.shape), x, x.dtype) for x in blocks]
-        start, signal = 0, _HOME
-        if move.block != move.peer:
+        if move.block == move.peer:
+            start, signal = self._homes[move.peer, self._circle.rank], _HOME
+        else:
             if self._next not in (None, move.peer):
                 raise TransportError(f"accumulators go from rank {self._circle.rank} to {self._next} and {move.peer}.")
             slot, self._next = self._sent % 2, move.peer
             if self._sent >= 2:
                 region.handle.wait_signal(move.peer, _TAKEN + slot, self._deadline)
             self._sent += 1
-            start, signal = (1 + slot) * self._slot, _HOP
+            start, signal = self._hops + slot * self._slot, _HOP
         for theirs, x in zip(region.blocks(move.peer, specs, start), blocks, strict=True):
             _copy(theirs, x)
         region.handle.put_signal(move.peer, signal, self._deadline)
@@ -247,6 +255,24 @@ def _copy(target: Tensor, x: Tensor) -> None:
     pairs = [(target, x)] if target.transpose(1, 2).is_contiguous() else zip(target, x, strict=True)
     for mine, theirs in pairs:
         mine.copy_(theirs)
+
+
+def _places_at_home(
+    carried: Mapping[int, Mapping[Move, Sequence[Spec]]],
+) -> tuple[dict[tuple[int, int], int], int, int]:
+    """Where in an owner's memory what a peer carries home lies, by (owner, peer).
+
+    And where the last of them ends, and what the largest takes.
+    """
+    places, last, largest = {}, 0, 0
+    for owner, moves in carried.items():
+        end = 0
+        for move, specs in moves.items():
+            places[owner, move.peer] = end
+            end += _room(specs)
+            largest = max(largest, _room(specs))
+        last = max(last, end)
+    return places, last, largest
 
 
 def _room(specs: Sequence[Spec]) -> int:

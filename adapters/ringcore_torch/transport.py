@@ -100,7 +100,7 @@ class TorchTransport:
         self,
         blocks: Blocks,
         specs: Mapping[int, Sequence[Spec]],
-        carried: Mapping[int, Sequence[Spec]] | None = None,
+        carried: Mapping[int, Mapping[Move, Sequence[Spec]]] | None = None,
     ) -> bool:
         """Begin a call on GPUs: where they have peer memory, make this rank's blocks readable by all.
 

@@ -97,7 +97,7 @@ def read_request(options: AttendOptions, rank: int, size: int, sharers: int, pla
         key_lengths=None if options.key_lengths is None else parse_integers("--key-lengths", options.key_lengths),
         layout=options.layout or "contiguous", axes=options.axes,
     )  # fmt: skip
-    check_columns(arguments, arguments.k.shape[2])
+    check_columns(arguments, arguments.q.shape[2], arguments.k.shape[2])
     ranks = options.ring_size or size
     layout = options.layout or ("zigzag" if options.causal and ranks > 1 else "contiguous")
     lengths = arguments.q.shape[2], arguments.k.shape[2]

@@ -22,8 +22,8 @@ from ringcore.errors import KeywordError
 from ringcore.exchange import run_rank
 from ringcore.protocols import Transport
 from ringcore.ring import ring
-from ringcore.schedule import tiles_between
 from ringcore.session import visibility_of
+from ringcore.tiling import tiles_between
 from ringcore.values import Array, Blocks, Move, Plan, Spec, Step, Tile
 from ringcore.work import ForwardWork
 
@@ -115,7 +115,7 @@ class Streaming:
             arguments.q, k, v, bias, arguments.mask, score=arguments.score, kernels=request.kernels,
             lengths=files.lengths, arithmetic=find_arithmetic(arguments.q),
         )  # fmt: skip
-        visibility = visibility_of(arguments, request.arguments.k.shape[2])
+        visibility = visibility_of(arguments, request.arguments.q.shape[2], request.arguments.k.shape[2])
         tiles = [tiles_between(runs, block, visibility) for block in files.blocks]
         run_rank(ring(_plan(tiles, files), work), cast(Transport, files))
         out, maximum, total = work.finish(arguments.q.dtype)

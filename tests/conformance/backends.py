@@ -167,9 +167,9 @@ class LocalRing:
         """The size of the largest ring."""
         return 8
 
-    def __call__(self, arrays, keywords, layout, size, axes, wrt=None):
+    def __call__(self, arrays, keywords, layouts, size, axes, wrt=None):
         """out, lse and gradients as NumPy [B, H, S, ...], or None on a process outside the ring."""
-        return _call(self.backend, arrays, keywords, axes, wrt, ring_size=size, layout=layout)
+        return _call(self.backend, arrays, keywords, axes, wrt, ring_size=size, **layouts)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class ProcessRing:
         """The ring of so many ranks, which are not the same as in the world; None on all others. Collective."""
         raise NotImplementedError
 
-    def __call__(self, arrays, keywords, layout, size, axes, wrt=None):
+    def __call__(self, arrays, keywords, layouts, size, axes, wrt=None):
         """As LocalRing; every rank of the ring gets the whole results."""
         if size not in self.groups:
             self.groups[size] = self.group(size)
@@ -200,15 +200,16 @@ class ProcessRing:
         if group is None:
             return None
         lengths = arrays["q"].shape[2], arrays["k"].shape[2]
-        layouts = [ringcore.resolve_layout(layout, length, size) for length in lengths]
-        mine = {name: ringcore.shard(x, layouts[name in ("k", "v")], group.rank, size) for name, x in arrays.items()}
+        given = [layouts.get(name, layouts.get("layout")) for name in ("q_layout", "k_layout")]
+        dealt = [ringcore.resolve_layout(*each, size) for each in zip(given, lengths, strict=True)]
+        mine = {name: ringcore.shard(x, dealt[name in ("k", "v")], group.rank, size) for name, x in arrays.items()}
         local = dict(keywords)
         for name in ("bias", "mask"):
             term = local.get(name)
             if term is not None and term.ndim >= 2 and term.shape[-2] not in (1,):
-                local[name] = ringcore.shard(term, layouts[0], group.rank, size, axis=term.ndim - 2)
-        result = _call(self.backend, mine, local, axes, wrt, ring=group.ring, layout=layout)
-        return self._joined(result, group, layouts, keywords)
+                local[name] = ringcore.shard(term, dealt[0], group.rank, size, axis=term.ndim - 2)
+        result = _call(self.backend, mine, local, axes, wrt, ring=group.ring, **layouts)
+        return self._joined(result, group, dealt, keywords)
 
     def _joined(self, result, group, layouts, keywords):
         out, lse, gradients = result
@@ -221,6 +222,8 @@ class ProcessRing:
             if name == "bias":
                 rows = keywords["bias"].shape[-2] if keywords["bias"].ndim >= 2 else 1
                 joined[name] = whole(x, 0, x.ndim - 2) if rows != 1 else sum(group.allgather(x))
+            elif name == "sinks":
+                joined[name] = sum(group.allgather(x))
             else:
                 joined[name] = whole(x, name != "q")
         return whole(out, 0), whole(lse, 0), joined
@@ -355,7 +358,11 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
         return np.swapaxes(x, 1, 2) if axes == "bshd" and x.ndim == 4 else x
 
     q, k, v, dout, dlse = (backend.make(given(arrays[name])) for name in ("q", "k", "v", "dout", "dlse"))
-    keywords = {name: backend.make(x) if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
+    on_host = ("documents",)
+    keywords = {
+        name: backend.make(x) if isinstance(x, np.ndarray) and name not in on_host else x
+        for name, x in keywords.items()
+    }
     keywords = {**keywords, **where, "axes": axes, "kernels": backend.kernels}
     if wrt is None:
         out, lse = ringcore.ring_attention(q, k, v, return_lse=True, **keywords)

@@ -40,6 +40,8 @@ FUSED_SHAPES = {
     "rectangular aligned": Shape(2, 2, 2, 24, 50, 8, 16),
 }
 
+SHAPES_OF_ALL = {**SHAPES, **FUSED_SHAPES}
+
 Keywords = dict[str, Any]
 Feature = Callable[[np.random.Generator, Shape, str], Keywords]
 
@@ -69,6 +71,36 @@ def _mask(rng, shape, dtype):
     return {"mask": mask}
 
 
+def _documents(rng, shape, dtype):
+    cuts = sorted(rng.integers(0, shape.keys, 3))
+    return {"documents": np.searchsorted(cuts, np.arange(shape.keys), side="right"), "causal": True}
+
+
+def _documents_of_entries(rng, shape, dtype):
+    # Runs of any ids, which come back: equal ones are one document.
+    runs = rng.integers(0, 3, (shape.batch, shape.keys // 4 + 1))
+    return {"documents": np.repeat(runs, 4, axis=1)[:, : shape.keys]}
+
+
+def _cu_seqlens(rng, shape, dtype):
+    cuts = [0, shape.keys // 4, shape.keys // 4 + 1, shape.keys]
+    offset = shape.keys - shape.queries
+    return {"cu_seqlens": sorted(set(cuts)), "window": (6, 2), "query_offset": offset // 2}
+
+
+def _sinks(rng, shape, dtype):
+    sinks = 2 * rng.standard_normal(shape.heads)
+    sinks[0] = 4.0  # larger than most scores
+    return {"sinks": sinks.astype(dtype), "causal": True}
+
+
+def _sinks_alone(rng, shape, dtype):
+    # Rows that see no key, and a head without a sink.
+    sinks = np.append(rng.standard_normal(shape.heads - 1), -np.inf)
+    lengths = [max(0, shape.keys - 20 * entry - 20) for entry in range(shape.batch)]
+    return {"sinks": sinks.astype(dtype), "window": (8, 3), "key_lengths": lengths}
+
+
 def _everything(rng, shape, dtype):
     return {
         "causal": True,
@@ -79,6 +111,7 @@ def _everything(rng, shape, dtype):
         "mask": rng.random((shape.queries, shape.keys)) < 0.8,
         "query_offset": [3 * entry + 1 for entry in range(shape.batch)],
         "key_lengths": [shape.keys - entry - 1 for entry in range(shape.batch)],
+        "sinks": rng.standard_normal(shape.heads).astype(dtype),
     }
 
 
@@ -109,14 +142,27 @@ FEATURES: dict[str, Feature] = {
     },
     "no keys": lambda rng, shape, dtype: {"key_lengths": [0] * shape.batch},
     "large logits": lambda rng, shape, dtype: {"scale": 2000.0, "causal": True},
+    "documents": _documents,
+    "documents of entries": _documents_of_entries,
+    "cu_seqlens": _cu_seqlens,
+    "sinks": _sinks,
+    "sinks alone": _sinks_alone,
     "everything": _everything,
 }
 
-LAYOUTS = ("contiguous", "zigzag", "striped", "uneven", "mixed")
+LAYOUTS = ("contiguous", "zigzag", "striped", "uneven", "mixed", "zigzag and striped")
 RING_SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 DTYPES = ("float64", "float32")
 HALF_DTYPES = ("float16", "bfloat16")
 AXES = ("bhsd", "bshd")
+
+
+def layouts_for(case: Case) -> dict[str, str | ringcore.Layout]:
+    """The layout of q, k and v, or those of q and of k and v, as the keywords that say so."""
+    of_q, _, of_k = case.layout.partition(" and ")
+    if of_k:
+        return {"q_layout": of_q, "k_layout": of_k}
+    return {"layout": layout_for(case.layout, SHAPES_OF_ALL[case.shape].keys, case.size)}
 
 
 def layout_for(name: str, length: int, size: int) -> str | ringcore.Layout:
@@ -236,7 +282,7 @@ def _possible(case: Case) -> Case:
 
 def draw(case: Case) -> tuple[dict[str, np.ndarray], Keywords]:
     """Seeded inputs [B, H, S, D] and keywords of a case; numbers do not depend on layout or ring size."""
-    shape = {**SHAPES, **FUSED_SHAPES}[case.shape]
+    shape = SHAPES_OF_ALL[case.shape]
     rng = np.random.default_rng([len(case.shape), len(case.feature), sum(map(ord, case.feature))])
     sizes = {
         "q": (shape.batch, shape.heads, shape.queries, shape.width),

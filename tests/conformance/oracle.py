@@ -37,6 +37,13 @@ def visible_pairs(queries: int, keys: int, batch: int, keywords: dict[str, Any])
         seen &= row - column <= left
     if right is not None:
         seen &= column - row <= right
+    documents = keywords.get("documents")
+    if keywords.get("cu_seqlens") is not None:
+        documents = np.concatenate([[n] * length for n, length in enumerate(np.diff(keywords["cu_seqlens"]))])
+    if documents is not None:
+        of_keys = np.broadcast_to(documents, (batch, keys))
+        of_rows = np.stack([ids[offset : offset + queries] for ids, offset in zip(of_keys, offsets, strict=True)])
+        seen &= of_rows[:, :, None] == of_keys[:, None, :]
     return seen
 
 
@@ -59,12 +66,14 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
         seen = seen & np.asarray(keywords["mask"])
     seen = seen & ~np.isneginf(scores)
     scores = np.where(seen, scores, -np.inf)
+    # A sink is one more key, which all of its head see, and whose value is 0.
+    sinks = np.full(q.shape[1], -np.inf) if keywords.get("sinks") is None else np.asarray(keywords["sinks"], float)
+    sink = np.broadcast_to(sinks[:, None, None], (*raw.shape[:3], 1))
+    scores = np.concatenate([scores, sink], axis=-1)
+    seen = np.concatenate([seen, sink > -np.inf], axis=-1)
+    v_full = np.concatenate([v_full, np.zeros_like(v_full, shape=(*v_full.shape[:2], 1, v_full.shape[3]))], axis=2)
     some = seen.any(-1, keepdims=True)
-    top = (
-        np.max(np.where(some, scores, 0.0), axis=-1, keepdims=True, initial=-np.inf)
-        if k.shape[2]
-        else np.zeros_like(some, float)
-    )
+    top = np.max(np.where(some, scores, 0.0), axis=-1, keepdims=True)
     power = np.where(seen, np.exp(np.where(seen, scores - top, -np.inf)), 0.0)
     total = power.sum(-1, keepdims=True)
     weights = power / np.where(some, total, 1.0)
@@ -74,6 +83,8 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     # Gradients by the chain rule through the full softmax matrix.
     dweights = dout @ np.swapaxes(v_full, -1, -2)
     dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True) + dlse[..., None])
+    dsinks = dscores[..., -1].sum((0, 2))
+    weights, dscores, seen, v_full = weights[..., :-1], dscores[..., :-1], seen[..., :-1], v_full[:, :, :-1]
     draw = np.where(seen, dscores * slope * scale, 0.0)
     fold = (q.shape[0], k.shape[1], group)
     gradients = {
@@ -81,6 +92,8 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
         "k": (np.swapaxes(draw, -1, -2) @ q).reshape(*fold, *k.shape[2:]).sum(2),
         "v": (np.swapaxes(weights, -1, -2) @ dout).reshape(*fold, *v.shape[2:]).sum(2),
     }
+    if keywords.get("sinks") is not None:
+        gradients["sinks"] = dsinks
     if bias is not None:
         shape = np.shape(bias)
         padded = (1,) * (4 - len(shape)) + shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from cases import Case, draw, layout_for
+from cases import Case, draw, layouts_for
 from oracle import dense
 from tolerances import GRADIENT, OUT, logit_factor
 
@@ -37,7 +37,7 @@ def check_out(case: Case, truth, out, lse) -> None:
 def test_out_and_lse_equal_dense_attention(attend, case):
     arrays, keywords = draw(case)
     kept = {name: x.copy() for name, x in arrays.items()}
-    result = attend(arrays, keywords, layout_for(case.layout, arrays["k"].shape[2], case.size), case.size, case.axes)
+    result = attend(arrays, keywords, layouts_for(case), case.size, case.axes)
     if result is None:
         return
     check_out(case, expected(case), *result[:2])
@@ -47,9 +47,8 @@ def test_out_and_lse_equal_dense_attention(attend, case):
 
 def test_gradients_equal_dense_attention(attend, case):
     arrays, keywords = draw(case)
-    wrt = ("q", "k", "v", "bias") if "bias" in keywords else ("q", "k", "v")
-    layout = layout_for(case.layout, arrays["k"].shape[2], case.size)
-    result = attend(arrays, keywords, layout, case.size, case.axes, wrt)
+    wrt = ("q", "k", "v", *(name for name in ("bias", "sinks") if name in keywords))
+    result = attend(arrays, keywords, layouts_for(case), case.size, case.axes, wrt)
     if result is None:
         return
     out, lse, gradients = result

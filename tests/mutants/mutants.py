@@ -5,8 +5,8 @@ in the table: -inf minus -inf in `merge` and in the reference tile, which `where
 tile's test of its largest score lets pass, and an overflow as a reference moves down, after which the end of the strip
 sends the rows the careful way.
 
-Due with the features that they are bugs of: a sink counted at every hop; a document boundary ignored; replicated tokens
-(a prefix) counted by every rank; dropout before the normalisation, or by local positions.
+Due with the features that they are bugs of: replicated tokens (a prefix) counted by every rank; dropout before the
+normalisation, or by local positions.
 """
 
 from __future__ import annotations

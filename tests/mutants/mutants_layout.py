@@ -31,7 +31,7 @@ MUTANTS = (
     ),
     Mutant(
         "causal offset with the wrong sign: between ranks",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "gap, step = rows.start - columns.start,",
         "gap, step = columns.start - rows.start,",
         RING,
@@ -39,7 +39,7 @@ MUTANTS = (
     ),
     Mutant(
         "causal offset with the wrong sign: query_offset",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "range(piece.start + offset, piece.stop + offset, piece.step)",
         "range(piece.start - offset, piece.stop - offset, piece.step)",
         RING,
@@ -63,7 +63,7 @@ MUTANTS = (
     ),
     Mutant(
         "stripe diagonal off by one: too much",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "(hi + gap) // step",
         "-((-hi - gap) // step)",
         RING,
@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "stripe diagonal off by one: too little",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "(hi + gap) // step",
         "(hi + gap) // step - (step > 1)",
         RING,
@@ -79,7 +79,7 @@ MUTANTS = (
     ),
     Mutant(
         "window passed unchanged to each hop: left",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "-((-lo - gap) // step)",
         "lo",
         RING,
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "window passed unchanged to each hop: right",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "None if hi is None else (hi + gap) // step",
         "None if hi is None else hi if hi else gap // step",
         RING,
@@ -95,7 +95,7 @@ MUTANTS = (
     ),
     Mutant(
         "window's left side ignored where causal",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "return None if left is None else -left, right",
         "return None if left is None or self.causal else -left, right",
         RING,
@@ -103,7 +103,7 @@ MUTANTS = (
     ),
     Mutant(
         "key lengths one too long",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "count = bisect_left(piece.positions, limit)",
         "count = bisect_left(piece.positions, limit + 1)",
         RING,
@@ -119,15 +119,15 @@ MUTANTS = (
     ),
     Mutant(
         "offset and key length of the first batch entry for all",
-        "ringcore/schedule.py",
-        "groupby(zip(visibility.offsets, visibility.key_limits, strict=True))",
-        "groupby([(visibility.offsets[0], visibility.key_limits[0])] * len(visibility.offsets))",
+        "ringcore/tiling.py",
+        "in groupby(entries):",
+        "in groupby([next(entries)] * len(visibility.offsets)):",
         RING,
         "out_and_lse and (offsets or key_lengths)",
     ),
     Mutant(
         "tiles joined whatever their bands",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "fits_first = band.clipped(first.height, first.width) == first.band",
         "fits_first = True",
         RING,
@@ -135,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         "ranges of unequal steps taken for equal",
-        "ringcore/schedule.py",
+        "ringcore/tiling.py",
         "cut = product(row.residues(step), column.residues(step))",
         "cut = [(row, column)]",
         RING,
@@ -181,5 +181,91 @@ MUTANTS = (
         "    home = (Move((before + hops[before]) % size, before, rows[before]),) if hops[before] else ()\n",
         f"{PLAN}/test_ring_plans.py",
         "exchange_what_is_needed",
+    ),
+    Mutant(
+        "document boundary ignored",
+        "ringcore/tiling.py",
+        "    if runs is None:\n",
+        "    if True:\n",
+        RING,
+        "out_and_lse and (documents or cu_seqlens)",
+    ),
+    Mutant(
+        "documents of the first batch entry for all",
+        "ringcore/documents.py",
+        "return self.runs * batch if len(self.runs) == 1 else self.runs",
+        "return self.runs[:1] * batch",
+        RING,
+        "out_and_lse and documents_of_entries",
+    ),
+    Mutant(
+        "a document that comes back is another one",
+        "ringcore/tiling.py",
+        "_, stop, document = runs[",
+        "document, stop, _ = runs[",
+        RING,
+        "out_and_lse and documents_of_entries",
+    ),
+    Mutant(
+        "a call with other documents is taken for the one before",
+        "ringcore/documents.py",
+        'return documents.runs, "runs"',
+        'return "runs"',
+        "tests/test_remembered.py",
+        "documents",
+    ),
+    Mutant(
+        "the last row that a window reaches stays at home",
+        "ringcore/schedule.py",
+        "max(places[-1] for places in seen) + 1)",
+        "max(places[-1] for places in seen))",
+        f"{PLAN}/test_near_plans.py",
+        "halos",
+    ),
+    Mutant(
+        "whole blocks sent where a window reaches a few rows",
+        "ringcore/schedule.py",
+        "return min(around, straight, key=",
+        "return max(around, straight, key=",
+        f"{PLAN}/test_near_plans.py",
+        "moves_less",
+    ),
+    Mutant(
+        "sink counted per hop",
+        "ringcore/work.py",
+        """        \"\"\"Merge the tiles into the state of q's rows.\"\"\"
+        k, v = block
+""",
+        """        k, v = block
+        if self.sinks is not None and self.state is not None and tiles:
+            self.state.total[...] += namespace(k).exp(self.sinks[:, None] - self.state.maximum)
+""",
+        RING,
+        "out_and_lse and sinks",
+    ),
+    Mutant(
+        "sinks seen by the forward pass alone",
+        "ringcore/work.py",
+        "return -xp.sum(weights * self.delta, axis=(0, 2))",
+        "return -xp.sum(self.delta, axis=(0, 2))",
+        RING,
+        "gradients and sinks",
+    ),
+    Mutant(
+        "gradient of sinks with the wrong sign",
+        "ringcore/work.py",
+        "return -xp.sum(weights * self.delta",
+        "return xp.sum(weights * self.delta",
+        RING,
+        "gradients and sinks",
+    ),
+    Mutant(
+        "one layout for q and for k",
+        "ringcore/call.py",
+        "(arguments.k, deal.k_layout)",
+        "(arguments.k, deal.q_layout)",
+        RING,
+        "out_and_lse and zigzag_and_striped",
+        error="ValueError",
     ),
 )

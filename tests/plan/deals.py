@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pairs import Problem
 
 from ringcore.layout import NAMED, Layout
-from ringcore.schedule import Visibility
+from ringcore.tiling import Visibility
 
 SIGHTS: dict[str, dict[str, Any]] = {
     "plain": {},

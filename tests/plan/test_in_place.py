@@ -2,7 +2,8 @@
 
 from ringcore.exchange import InPlace
 from ringcore.layout import zigzag
-from ringcore.schedule import Visibility, ring_plans
+from ringcore.schedule import ring_plans
+from ringcore.tiling import Visibility
 from ringcore.values import Move
 
 SIZE = 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from counting import run_rendezvous
 from deals import deals, sees, visibility
-from later import dilated_plans, document_plans, double_ring_plans, halo_plans
+from later import dilated_plans, double_ring_plans
 
 import ringcore
 from ringcore import Partial
@@ -21,29 +21,21 @@ from ringcore.work import BackwardWork, ForwardWork
 BATCH, HEADS, KEY_HEADS, LENGTH = 2, 4, 2, 21
 SCALE = 0.4
 BRANCHES = [(7, 2), (12, 3), (21, 1)]
-DOCUMENTS = [[i // 5 for i in range(LENGTH)], [i % 3 for i in range(LENGTH)]]
 
 
 def plans_for(feature, dealt):
     """The plans of a feature, and how often each pair counts [B, H, S, N]."""
     seen = visibility(keys=LENGTH, causal=True, heads=HEADS, key_heads=KEY_HEADS)
-    one = visibility(keys=LENGTH, causal=True, heads=HEADS, key_heads=KEY_HEADS, offsets=(0,))
-    window = visibility(keys=LENGTH, window=(4, 1), heads=HEADS, key_heads=KEY_HEADS)
     count = np.indices((BATCH, HEADS, LENGTH, LENGTH)).reshape(4, -1).T
     shape = (BATCH, HEADS, LENGTH, LENGTH)
 
     def counted(visible, times=lambda b, h, i, j: 1):
         return np.array([visible(*x) * times(*x) for x in count.tolist()], float).reshape(shape)
 
-    def same_document(b, h, i, j):
-        return DOCUMENTS[b][i] == DOCUMENTS[b][j]
-
     def branches(b, h, i, j):
         return sum(i // w == j // w and (i % w) % r == (j % w) % r == h % r for w, r in BRANCHES)
 
     return {
-        "documents": lambda: (document_plans(*dealt, one, DOCUMENTS), counted(sees(seen), same_document)),
-        "halos": lambda: (halo_plans(*dealt, window), counted(sees(window))),
         "dilated": lambda: (dilated_plans(dealt[0], BRANCHES, seen), counted(sees(seen), branches)),
         "double rings": lambda: (double_ring_plans(2, *dealt, seen), counted(sees(seen))),
     }[feature]()
@@ -96,7 +88,7 @@ def rings(plans, dealt, arrays):
 
 
 @pytest.mark.parametrize("name", ["contiguous", "mixed"])
-@pytest.mark.parametrize("feature", ["documents", "halos", "dilated", "double rings"])
+@pytest.mark.parametrize("feature", ["dilated", "double rings"])
 def test_later_plans_are_exact_on_arrays(feature, name):
     dealt = deals(name, LENGTH, LENGTH, 4)
     plans, times = plans_for(feature, dealt)

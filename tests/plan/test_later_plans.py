@@ -7,14 +7,7 @@ from counting import at_home, check_loops, loops_of
 from deals import DEALS, deals, layouts, problem, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from later import (
-    decode_plans,
-    dilated_plans,
-    document_plans,
-    double_ring_plans,
-    halo_plans,
-    visiting_query_plans,
-)
+from later import decode_plans, dilated_plans, double_ring_plans, visiting_query_plans
 from lockstep import check_exchanges, walk
 from pairs import computed
 
@@ -28,111 +21,6 @@ def check(case, plans):
     assert computed(case, plans) == case.defined()
     check_loops(case, plans)
     return check_exchanges(plans)
-
-
-# Packed documents: a query sees keys of its own document.
-
-DOCUMENTS = {
-    "two batch entries": [[0] * 5 + [1] * 3 + [2] * 9, [0] * 16 + [1]],
-    "one each": [list(range(17))] * 2,
-    "in turn": [[0, 1, 2] * 5 + [0, 1], [3, 3, 8, 8, 8, 3, 3, 3, 8, 3, 8, 8, 0, 0, 3, 3, 3]],
-}
-
-
-def document_case(q_layout, k_layout, seen, documents):
-    return problem(q_layout, k_layout, seen, lambda b, h, i, j: documents[b][i] == documents[b][j])
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("packed", DOCUMENTS)
-@pytest.mark.parametrize("name", DEALS)
-def test_documents(name, packed, causal):
-    documents = DOCUMENTS[packed]
-    one = visibility(keys=17, causal=causal, offsets=(0,))
-    for size in SIZES:
-        dealt = deals(name, 17, 17, size)
-        case = document_case(*dealt, replace(one, offsets=(0, 0), key_limits=(17, 17)), documents)
-        check(case, document_plans(*dealt, one, documents))
-
-
-def test_documents_within_shards_send_nothing():
-    layout = ringcore.contiguous(24, 4)
-    plans = document_plans(layout, layout, visibility(keys=24, offsets=(0,)), [[i // 3 for i in range(24)]])
-    assert check_exchanges(plans).sent.total() == 0
-
-
-@given(st.data())
-@settings(max_examples=30, deadline=None, derandomize=True)
-def test_documents_of_any_boundaries(data):
-    size, length = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 12))
-    documents = data.draw(
-        st.lists(st.lists(st.integers(0, 3), min_size=length, max_size=length), min_size=1, max_size=2)
-    )
-    one = visibility(keys=length, causal=data.draw(st.booleans()), offsets=(0,))
-    every = (0,) * len(documents)
-    dealt = data.draw(layouts(length, size)), data.draw(layouts(length, size))
-    case = document_case(*dealt, replace(one, offsets=every, key_limits=(length,) * len(every)), documents)
-    check(case, document_plans(*dealt, one, documents))
-
-
-# Halos: only the keys that a window reaches travel, straight from their owner.
-
-
-@pytest.mark.parametrize(
-    "sight",
-    [
-        {"window": (5, 2)},
-        {"window": (0, 0)},
-        {"causal": True, "window": (9, None)},
-        {"causal": True},
-        {"offsets": (4, 4), "window": (2, 1)},
-    ],
-)
-@pytest.mark.parametrize("name", DEALS)
-def test_halos(name, sight):
-    for size in SIZES:
-        dealt = deals(name, 17, 17, size)
-        seen = visibility(keys=17, **sight)
-        case, plans = problem(*dealt, seen), halo_plans(*dealt, seen)
-        check(case, plans)
-        read = {(rank, key) for _, _, i, key in case.defined() for rank in range(size) if i in case.rows[rank]}
-        for plan in plans:
-            for move in (move for step in plan.steps for move in step.receives):
-                # No shorter run of rows would do.
-                assert {(plan.rank, case.keys[move.block][row]) for row in (move.rows[0], move.rows[-1])} <= read
-
-
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_halos_send_the_rows_that_the_window_reaches(size):
-    layout = ringcore.contiguous(6 * size, size)
-    plans = halo_plans(layout, layout, visibility(keys=6 * size, causal=True, window=(4, None)))
-    for plan in plans:
-        moves = [move for step in plan.steps for move in step.sends]
-        assert [(move.peer, move.rows) for move in moves] == [(plan.rank + 1, range(2, 6))] * (plan.rank < size - 1)
-
-
-def test_halos_reach_over_short_shards():
-    layout = ringcore.from_lengths([4, 1, 0, 2, 5])
-    plans = halo_plans(layout, layout, visibility(keys=12, window=(4, 0)))
-    came = {(plan.rank, m.block): m.rows for plan in plans for step in plan.steps for m in step.receives}
-    assert came == {
-        (1, 0): range(0, 4),
-        (3, 0): range(1, 4),
-        (3, 1): range(0, 1),
-        (4, 0): range(3, 4),
-        (4, 1): range(0, 1),
-        (4, 3): range(0, 2),
-    }
-
-
-@given(st.data())
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_halos_of_any_layouts(data):
-    size, queries, keys = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 10)), data.draw(st.integers(0, 10))
-    dealt = data.draw(layouts(queries, size)), data.draw(layouts(keys, size))
-    side = st.none() | st.integers(0, 5)
-    seen = visibility(keys=keys, causal=data.draw(st.booleans()), window=(data.draw(side), data.draw(side)))
-    check(problem(*dealt, seen), halo_plans(*dealt, seen))
 
 
 # Dilated attention: one softmax over a multiset of keys, so pairs count as often as branches hold them.

@@ -41,8 +41,9 @@ def test_plans_compute_every_visible_pair_once(name, sight, size):
 def test_plans_exchange_what_is_needed_and_no_more(name, size):
     for sight in SIGHTS:
         _, plans = planned(sight, name, size)
-        # The block that is read and the one that comes meanwhile.
-        assert check_exchanges(plans).most_held <= 2
+        # The block that is read and the one that comes meanwhile; a rank's own, where parts of it leave later.
+        straight = any(move.rows for plan in plans for step in plan.steps for move in step.sends)
+        assert check_exchanges(plans).most_held <= 2 + straight
 
 
 @pytest.mark.parametrize("size", SIZES)

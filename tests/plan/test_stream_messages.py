@@ -5,12 +5,12 @@ import torch
 from deals import DEALS, SIGHTS, calls, deals, layouts, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from later import decode_plans, double_ring_plans, halo_plans, visiting_query_plans
+from later import decode_plans, double_ring_plans, visiting_query_plans
 from rendezvous import End, Wires, check_strictly
 
 import ringcore
 from ringcore import Move, Spec, TransportError
-from ringcore.schedule import ring_plans, rotation
+from ringcore.schedule import halo_plans, ring_plans, rotation
 from ringcore.values import Tile
 from ringcore_torch.stream_messages import StreamMessages
 

@@ -39,6 +39,11 @@ FEATURES = {
     "scale": {"scale": 0.3},
     "offset": {"causal": True, "query_offset": 2},
     "key lengths": {"key_lengths": [5]},
+    "documents": {"documents": [0, 0, 0, 1, 1, 0, 2], "layout": "zigzag"},
+    "documents in a tensor": {"documents": torch.tensor([[0, 0, 1, 1, 1, 1, 1]]), "causal": True},
+    "cu_seqlens": {"cu_seqlens": torch.tensor([0, 2, 7]), "causal": True},
+    "documents made once": {"documents": ringcore.Documents.from_cu_seqlens([0, 4, 7])},
+    "two layouts": {"q_layout": "zigzag", "k_layout": "striped", "causal": True},
     "reference kernels": {"kernels": "reference", "causal": True},
 }
 
@@ -65,6 +70,20 @@ def test_gradients_with_a_custom_layout_a_bias_and_a_mask(axes):
         )
 
     assert gradcheck(attend, (*draw(), bias))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("kernels", [None, "reference"])
+def test_gradients_of_sinks(kernels, size):
+    sinks = torch.tensor([3.0, -torch.inf, 0.5, -2.0], dtype=torch.float64, requires_grad=True)
+
+    def attend(q, k, v, finite):
+        given = torch.cat([finite[:1], torch.full_like(finite[:1], -torch.inf), finite[1:]])
+        keywords = {"causal": True, "key_lengths": [4], "layout": "zigzag", "ring_size": size, "kernels": kernels}
+        return ringcore.ring_attention(q, k, v, sinks=given, return_lse=True, **keywords)
+
+    finite = sinks[[0, 2, 3]].detach().requires_grad_()
+    assert gradcheck(attend, (*draw(), finite))
 
 
 def test_only_what_requires_grad_gets_one():
@@ -272,7 +291,8 @@ def test_the_operators_obey_torchs_rules():
         key_lengths=None, layout="zigzag", axes="bshd", kernels=None,
     )  # fmt: skip
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in draw())
-    torch.library.opcheck(torch.ops.ringcore.attend.default, (q, k, v, None, None, keywords))
+    sinks = torch.zeros(q.shape[2], dtype=q.dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.ringcore.attend.default, (q, k, v, None, sinks, None, keywords))
 
 
 def test_the_same_call_gives_the_same_bits():

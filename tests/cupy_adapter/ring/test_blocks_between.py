@@ -33,7 +33,8 @@ def between(world, rank, carrier, way):
     x, peer = cupy.asarray(numbers(rank)), 1 - rank
     laid = LAID[way](x), LAID["rows first"](x)
     specs = tuple(map(spec_of, laid))
-    ring.publish((x,), {0: (spec_of(x),), 1: (spec_of(x),)}, {0: specs, 1: specs})
+    carried = {owner: {Move(1 - owner, owner): specs} for owner in (0, 1)}
+    ring.publish((x,), {0: (spec_of(x),), 1: (spec_of(x),)}, carried)
     parts = []
     if carrier == "ipc":
         for rows, seen in ((None, None), (slice(1, 6), None), (slice(1, 6), slice(1, 3)), (slice(0, 8, 3), None)):

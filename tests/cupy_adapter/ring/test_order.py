@@ -178,8 +178,6 @@ def test_each_wait_is_needed(monkeypatch, what):
 
 def test_slots_are_used_in_turn(monkeypatch):
     """With one slot alone, the next accumulators would come before the last ones were read."""
-    original = peer_memory.PeerMemory._place
-    monkeypatch.setattr(
-        peer_memory.PeerMemory, "_place", lambda self, number: original(self, None if number is None else 0)
-    )
+    original = peer_memory.PeerMemory._hop
+    monkeypatch.setattr(peer_memory.PeerMemory, "_hop", lambda self, number: original(self, 0))
     assert races(monkeypatch, 4, "ipc", layout="striped")

@@ -142,7 +142,7 @@ def test_ranks_that_disagree_all_hear_on_what(transport, odd, row):
         ({"wrt": ("q", "k")}, {"wrt": ("q", "v")}, "wrt"),
         ({"bias": np.zeros((1, LENGTH))}, {"bias": np.zeros((1, 1))}, "bias columns"),
         ({"bias": np.zeros((1, LENGTH)), "wrt": ("q",)}, {"bias": np.zeros((1, LENGTH)), "wrt": ("bias",)}, "wrt"),
-        ({"layout": ringcore.contiguous(LENGTH, SIZE)}, {"layout": ringcore.zigzag(LENGTH, SIZE)}, "layout"),
+        ({"layout": ringcore.contiguous(LENGTH, SIZE)}, {"layout": ringcore.zigzag(LENGTH, SIZE)}, "layout of q"),
         ({"key_lengths": [3, 4]}, {"key_lengths": [4, 3]}, "key_lengths"),
         ({"causal": True, "window": 3}, {"causal": True, "window": 4}, "window"),
     ],

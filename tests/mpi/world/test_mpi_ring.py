@@ -109,3 +109,26 @@ def test_two_hundred_calls_keep_one_window(group):
     assert transport.windows == (comm.size > 1)
     assert memory[-1] - memory[50] < 4096  # KiB
     transport.close()
+
+
+@pytest.mark.parametrize(("window", "reached"), [((5, 0), (5, 0)), ((3, 2), (3, 2)), ((0, 0), (0, 0))])
+def test_a_window_sends_the_rows_that_it_reaches_beyond_each_ranks_own(window, reached):
+    comm = MPI.COMM_WORLD
+    transport = MpiTransport(comm, shared=False)
+    task = problem(comm.size, length=20 * comm.size, window=window)
+    task.check(transport, comm.rank)
+    # A neighbour reads this many of this rank's last and first rows; their gradients come back.
+    rows = reached[0] * (comm.rank < comm.size - 1) + reached[1] * (comm.rank > 0)
+    given = reached[0] * (comm.rank > 0) + reached[1] * (comm.rank < comm.size - 1)
+    row = 2 * 2 * 2 * 8 * task.k.itemsize  # of k and v: 2 batch entries, 2 heads, 8 columns
+    assert transport.bytes_sent == (2 * rows + given) * row
+    transport.close()
+
+
+def test_documents_that_end_where_shards_do_send_nothing():
+    comm = MPI.COMM_WORLD
+    transport = MpiTransport(comm, shared=False)
+    ends = [0, *(20 * (rank + 1) for rank in range(comm.size))]
+    problem(comm.size, length=ends[-1], cu_seqlens=ends).check(transport, comm.rank)
+    assert transport.bytes_sent == 0
+    transport.close()

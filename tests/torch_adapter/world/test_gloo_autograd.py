@@ -15,6 +15,7 @@ FEATURES = {
     "softcap": {"softcap": 1.5},
     "offset": {"causal": True, "query_offset": 2},
     "key lengths": {"key_lengths": [4]},
+    "documents": {"documents": [0, 0, 1, 1, 1]},
     "other axes": {"causal": True, "axes": "bshd"},
 }
 

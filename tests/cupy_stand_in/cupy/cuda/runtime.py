@@ -190,7 +190,7 @@ def streamWaitEvent(stream, event, flags=0):  # noqa: N802
 
 def eventRecord(event, stream):  # noqa: N802
     if event in _shared_events:
-        _shared_events[event].write_bytes(b"recorded")
+        os.truncate(_shared_events[event], 1)  # never empty again, as it would be for a moment if it were written anew
     events_work[event] = [work for work in streams_work.get(stream, ()) if not work.done()]
 
 
