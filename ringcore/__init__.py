@@ -1,6 +1,7 @@
 """Exact attention over a sequence that is split across a ring of processes or devices."""
 
 from ringcore.api import ring_attention, ring_attention_vjp
+from ringcore.balance import balanced
 from ringcore.call import Call, Result, check_output_gradients
 from ringcore.discovery import find_transport
 from ringcore.documents import Documents
@@ -65,6 +66,7 @@ __all__ = [
     "TransportError",
     "UnsupportedError",
     "accumulation_dtype",
+    "balanced",
     "check_output_gradients",
     "contiguous",
     "dtype_name",

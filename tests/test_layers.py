@@ -22,7 +22,19 @@ LAYERS = {
     1: ("errors", "partial", "values"),
     2: ("arrays", "integers", "protocols"),
     3: ("documents", "layout", "merge", "partition", "pieces", "schedule", "tile", "tiling"),
-    4: ("agreement", "arguments", "call", "discovery", "exchange", "local", "probation", "ring", "session", "work"),
+    4: (
+        "agreement",
+        "arguments",
+        "balance",
+        "call",
+        "discovery",
+        "exchange",
+        "local",
+        "probation",
+        "ring",
+        "session",
+        "work",
+    ),
     5: ("__init__", "api", "cli", "explanation"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
