@@ -76,9 +76,11 @@ class RingAttention:
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None,
         sliding_window: int | None = None, softcap: float | None = None, position_ids: torch.Tensor | None = None,
-        **keywords: Any,
+        s_aux: torch.Tensor | None = None, **keywords: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Attention of one layer: query [B, H, S, D], key and value [B, Hk, S, D] give ([B, S, H, D], None).
+
+        s_aux: the layer's sinks [H].
 
         Raises the errors of `ringcore.ring_attention`, and UnsupportedError, by name, for what it lacks.
         """
@@ -102,7 +104,8 @@ class RingAttention:
         key_lengths = settle(self.ring, self.layout, mask, query, position_ids, check)
         out = ring_attention(
             query, key, value, ring=self.ring, ring_size=self.ring_size, causal=mask.causal, window=mask.window,
-            scale=scaling, softcap=softcap, key_lengths=key_lengths, layout=self.layout, kernels=self.kernels,
+            scale=scaling, softcap=softcap, sinks=s_aux, key_lengths=key_lengths, layout=self.layout,
+            kernels=self.kernels,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 

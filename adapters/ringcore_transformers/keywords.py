@@ -17,7 +17,6 @@ HARMLESS = {
 
 # What each asks for.
 REFUSED = {
-    "s_aux": "attention sinks",
     "output_attentions": "attention weights, which no rank ever holds whole",
     "head_mask": "a head mask",
     "position_bias": "a bias by relative position",

@@ -112,8 +112,8 @@ MUTANTS = (
     Mutant(
         "key lengths swallowed",
         "ringcore/session.py",
-        "key_limits=arguments.key_lengths or (keys,) * len(arguments.offsets)",
-        "key_limits=(keys,) * len(arguments.offsets)",
+        "key_limits=arguments.key_lengths or (keys,) * batch",
+        "key_limits=(keys,) * batch",
         RING,
         "out_and_lse and key_lengths",
     ),

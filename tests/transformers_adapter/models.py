@@ -8,6 +8,7 @@ GROUPED = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "he
 ENCODER = {**SIZES, "max_position_embeddings": 64}
 SPECIAL = "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"
 HYBRID = ["full_attention", "sliding_attention"]
+EAGER = "gemma2", "gpt_oss"  # softcap and sinks transformers has in its eager attention alone
 
 CONFIGS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**GROUPED)),
@@ -20,6 +21,13 @@ CONFIGS = {
         transformers.Gemma2ForCausalLM,
         transformers.Gemma2Config(
             **GROUPED, sliding_window=5, attn_logit_softcapping=0.5, query_pre_attn_scalar=5, layer_types=HYBRID
+        ),
+    ),
+    "gpt_oss": (  # with sinks
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig(
+            **GROUPED, sliding_window=5, layer_types=HYBRID, num_local_experts=2, num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
     ),
     "gpt2": (
@@ -43,6 +51,8 @@ def build(name, dtype=torch.float64, attention="eager"):
     kind, config = CONFIGS[name]
     torch.manual_seed(3)
     model = kind._from_config(type(config)(**config.to_dict()), attn_implementation=attention, dtype=torch.float64)
+    if name == "gpt_oss":
+        model.set_experts_implementation("eager")  # the only one for float64
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for x in model.parameters():

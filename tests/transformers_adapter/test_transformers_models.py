@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from models import CONFIGS, build, draw_ids, run
+from models import CONFIGS, EAGER, build, draw_ids, run
 
 import ringcore_transformers
 
 pytestmark = pytest.mark.timeout(120)
 
-# transformers' eager attention takes its softmax in float32 whatever the model's dtype; softcap it has there alone.
-ORACLE = {name: "eager" if name == "gemma2" else "sdpa" for name in CONFIGS}
+# transformers' eager attention takes its softmax in float32 whatever the model's dtype.
+ORACLE = {name: "eager" if name in EAGER else "sdpa" for name in CONFIGS}
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
 
 
@@ -57,12 +57,21 @@ def run_tokens(model, attention, ids, mask):
     return out.detach(), kept
 
 
-@pytest.mark.parametrize("name", ["mistral with a window", "qwen2 with a window", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral with a window", "qwen2 with a window", "gemma2", "gpt_oss"])
 def test_the_tiny_models_depend_on_their_windows(name):
     model, batch = build(name), {"input_ids": draw_ids()}
     came = run(model, ORACLE[name], **batch)[0]
     model.config.sliding_window = 100
     assert (run(model, ORACLE[name], **batch)[0] - came).abs().max() > 1e-3
+
+
+def test_the_tiny_gpt_oss_depends_on_its_sinks():
+    model, batch = build("gpt_oss"), {"input_ids": draw_ids()}
+    came = run(model, "eager", **batch)[0]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(-1e9)
+    assert (run(model, "eager", **batch)[0] - came).abs().max() > 1e-3
 
 
 def test_the_tiny_gemma2_depends_on_its_cap():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import build, draw_ids, run
-from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+from transformers import AttentionInterface, Llama4ForCausalLM, Llama4TextConfig
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -42,14 +42,6 @@ def test_attention_dropout_in_training(ring):
     refuses(UnsupportedError, r"dropout of 0\.1.*model\.eval\(\)", model)
     model.eval()
     run(model, "ring_in_process", input_ids=draw_ids())
-
-
-def test_attention_sinks(ring):
-    config = GptOssConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=61, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"],
-    )  # fmt: skip
-    refuses(UnsupportedError, "s_aux, which asks for attention sinks", GptOssForCausalLM(config))
 
 
 def test_chunked_attention(ring):

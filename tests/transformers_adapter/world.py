@@ -101,7 +101,7 @@ def refusals(group, rank, size):
         ),
         "a whole mask": {**good, "attention_mask": mask},
         "another batch": {name: x[: 2 - rank] for name, x in good.items()},
-        "a keyword on one rank": {**good, "s_aux": torch.ones(4) if rank else None},
+        "a keyword on one rank": {**good, "head_mask": torch.ones(4) if rank else None},
     }
     for name, batch in cases.items():
         try:
