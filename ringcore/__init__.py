@@ -4,7 +4,7 @@ from ringcore.api import ring_attention, ring_attention_vjp
 from ringcore.balance import balanced
 from ringcore.call import Call, Result, check_output_gradients
 from ringcore.discovery import find_transport
-from ringcore.documents import Documents
+from ringcore.documents import Documents, read_documents
 from ringcore.errors import (
     AgreementError,
     DeviceError,
@@ -76,6 +76,7 @@ __all__ = [
     "from_lengths",
     "layout_of_lengths",
     "merge",
+    "read_documents",
     "resolve_layout",
     "ring_attention",
     "ring_attention_vjp",

@@ -22,7 +22,7 @@ from ringcore.arguments import (
     within_range,
 )
 from ringcore.discovery import choose_kernels, find_arithmetic, find_transport
-from ringcore.documents import in_numbers
+from ringcore.documents import read_documents
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, TransportError
 from ringcore.integers import is_integer
 from ringcore.layout import Layout
@@ -127,7 +127,11 @@ class Call:
         if self.known is not None:
             return self.known
         keywords = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("ring", "known")}
-        keywords |= {name: in_numbers(keywords[name]) for name in ("documents", "cu_seqlens")}
+        try:
+            documents = read_documents(self.documents, self.cu_seqlens)
+        except KeywordError:  # which the checks raise, where the other ranks hear of it
+            return {}
+        keywords |= {"documents": None if documents is None else documents.runs, "cu_seqlens": None}
         if not all(map(_plain, keywords.values())):
             return {}
         key = repr(keywords)  # in which 1, 1.0 and True differ

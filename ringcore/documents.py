@@ -105,13 +105,6 @@ def read_documents(documents: Any, cu_seqlens: Any) -> Documents | None:
     return documents if documents is None or isinstance(documents, Documents) else Documents.from_ids(documents)
 
 
-def in_numbers(documents: Any) -> Any:
-    """What was given as documents or cu_seqlens in Python's numbers, where it is an array or `Documents`."""
-    if isinstance(documents, Documents):
-        return documents.runs, "runs"
-    return documents.tolist() if hasattr(documents, "tolist") else documents
-
-
 _IDS = "it must hold one integer for each key, or for each batch entry and key"
 
 
@@ -119,13 +112,13 @@ def _listed(ids: Any) -> Sequence[Any]:
     """An array of ids as (nested) lists: plans are made on the host."""
     if getattr(ids, "ndim", 1) not in (1, 2):
         raise KeywordError(f"documents has {ids.ndim} axes; {_IDS}.")
-    ids = in_numbers(ids)
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if not isinstance(ids, Sequence) or isinstance(ids, str):
         raise KeywordError(f"documents is {ids!r}; {_IDS}.")
     return ids
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # they may be long
 def _of_ids(entries: tuple[tuple[int, ...], ...]) -> Documents:
     if len({len(ids) for ids in entries}) > 1:
         raise KeywordError(f"documents has rows of {', '.join(str(len(ids)) for ids in entries)} ids; {_IDS}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringcore import Call, Documents, KeywordError, Layout
+from ringcore import Call, Documents, KeywordError, Layout, read_documents
 from ringcore_torch.groups import check_member, checked_group, group_of_name
 
 _GROUP = "process group"
@@ -25,12 +26,15 @@ _names: dict[int, str] = {}
 _for_ever: dict[str, Any] = {}  # of which nothing tells when they end
 
 
-def text_of(*, ring: Any, **keywords: Any) -> str:
+def text_of(*, ring: Any, documents: Any = None, cu_seqlens: Any = None, **keywords: Any) -> str:
     """The keywords as JSON; process groups by their name, other objects by a name of this process alone.
 
     Raises TransportError or KeywordError for a process group or mesh that can be no ring.
     """
     check_member(ring)
+    with suppress(KeywordError):  # the call raises it, where the other ranks hear of it
+        documents, cu_seqlens = read_documents(documents, cu_seqlens), None
+    keywords |= {"documents": documents, "cu_seqlens": cu_seqlens}
     return json.dumps({"ring": None if ring is None else _ring(ring), **keywords}, default=_named)
 
 

@@ -208,9 +208,9 @@ MUTANTS = (
     ),
     Mutant(
         "a call with other documents is taken for the one before",
-        "ringcore/documents.py",
-        'return documents.runs, "runs"',
-        'return "runs"',
+        "ringcore/call.py",
+        '"documents": None if documents is None else documents.runs,',
+        '"documents": None,',
         "tests/test_remembered.py",
         "documents",
     ),
