@@ -20,6 +20,7 @@ from ringcore.errors import (
     TransportError,
     UnsupportedError,
 )
+from ringcore.exchange import places_at_home
 from ringcore.explanation import Explanation, explain
 from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths, resolve_layout, striped, zigzag
 from ringcore.merge import empty_partial, merge
@@ -76,6 +77,7 @@ __all__ = [
     "from_lengths",
     "layout_of_lengths",
     "merge",
+    "places_at_home",
     "read_documents",
     "resolve_layout",
     "ring_attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ringcore.arrays import slice_of
@@ -82,6 +82,25 @@ class InPlace:
         sends = (move for step in self.plan.steps for move in step.sends if move.block == block)
         goes_on = any(not self.transport.reaches(move.peer, block) for move in sends)
         return None if goes_on else self.plan.seen(block)
+
+
+def places_at_home(
+    carried: Mapping[int, Mapping[Move, Sequence[Spec]]], room: Callable[[Sequence[Spec]], int], start: int = 0
+) -> tuple[dict[tuple[int, int], int], int, int]:
+    """Where in an owner's memory, from ``start`` on, what each peer carries home lies, by (owner, peer).
+
+    And where the last of them ends, and what the largest takes. Several peers may be on their way at once, so none gets
+    another's place. carried: what `OneSided.publish` is told. room: the bytes that blocks take.
+    """
+    places, last, largest = {}, start, 0
+    for owner, moves in carried.items():
+        end = start
+        for move, specs in moves.items():
+            size = room(specs)
+            places[owner, move.peer] = end
+            end, largest = end + size, max(largest, size)
+        last = max(last, end)
+    return places, last, largest
 
 
 class _Both:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
 import numpy as np
 from cupy.cuda import runtime
 
-from ringcore import Move, Spec
+from ringcore import Spec
 
 _ALIGNED = 256  # bytes between the starts of arrays
 _LARGEST_PITCH = 2**31 - 1  # bytes: cudaDevAttrMaxPitch of all GPUs so far
@@ -32,24 +32,6 @@ def starts(specs: Sequence[Spec]) -> list[int]:
 def room(specs: Sequence[Spec]) -> int:
     """The bytes that arrays like these take together."""
     return starts(specs)[-1]
-
-
-def places_at_home(
-    carried: Mapping[int, Mapping[Move, Sequence[Spec]]], start: int
-) -> tuple[dict[tuple[int, int], int], int, int]:
-    """Where in an owner's region, from ``start`` on, what a peer carries home lies: by (owner, peer).
-
-    And where the last of them ends, and what the largest takes.
-    """
-    places, last, largest = {}, start, 0
-    for owner, moves in carried.items():
-        end = start
-        for move, specs in moves.items():
-            places[owner, move.peer] = end
-            end += room(specs)
-            largest = max(largest, room(specs))
-        last = max(last, end)
-    return places, last, largest
 
 
 def rows_first(shape: Sequence[int]) -> tuple[int, ...]:

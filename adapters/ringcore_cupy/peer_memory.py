@@ -18,12 +18,11 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
-from ringcore import Blocks, Move, Spec, Transport, TransportError
+from ringcore import Blocks, Move, Spec, Transport, TransportError, places_at_home
 from ringcore_cupy.device_blocks import (
     copy_rows,
     empty_rows_first,
     lies_rows_first,
-    places_at_home,
     room,
     rows_first,
     size_of,
@@ -71,7 +70,7 @@ class PeerMemory:
     ) -> bool:
         """Make ``blocks`` readable for the peers; False, on every rank, if one has no memory for it. Collective."""
         start = max(map(room, specs.values()))
-        self._homes, self._hops, self._slot = places_at_home(carried, start)
+        self._homes, self._hops, self._slot = places_at_home(carried, room, start)
         slots = 0 if self._host.size == 2 else 2  # between two ranks all go home
         if not self._shared.grown(self._hops + slots * self._slot):
             return False

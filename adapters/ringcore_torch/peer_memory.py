@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
-from ringcore import Blocks, Move, Spec, TransportError
+from ringcore import Blocks, Move, Spec, TransportError, places_at_home
 from ringcore_torch.circle import Circle
 
 # Signals of a pair of ranks, by what they say.
@@ -93,7 +93,7 @@ class PeerMemory:
         """Make ``blocks`` readable; ``specs`` says what each rank publishes, ``carried`` what comes home to it."""
         self._specs = specs
         self._visiting = self._grown(self._visiting, max(map(_room, specs.values())))
-        self._homes, self._hops, self._slot = _places_at_home(carried)
+        self._homes, self._hops, self._slot = places_at_home(carried, _room)
         if self._slot:
             slots = 0 if self._circle.size == 2 else 2  # between two ranks all go home
             self._carried = self._grown(self._carried, self._hops + slots * self._slot)
@@ -255,24 +255,6 @@ def _copy(target: Tensor, x: Tensor) -> None:
     pairs = [(target, x)] if target.transpose(1, 2).is_contiguous() else zip(target, x, strict=True)
     for mine, theirs in pairs:
         mine.copy_(theirs)
-
-
-def _places_at_home(
-    carried: Mapping[int, Mapping[Move, Sequence[Spec]]],
-) -> tuple[dict[tuple[int, int], int], int, int]:
-    """Where in an owner's memory what a peer carries home lies, by (owner, peer).
-
-    And where the last of them ends, and what the largest takes.
-    """
-    places, last, largest = {}, 0, 0
-    for owner, moves in carried.items():
-        end = 0
-        for move, specs in moves.items():
-            places[owner, move.peer] = end
-            end += _room(specs)
-            largest = max(largest, _room(specs))
-        last = max(last, end)
-    return places, last, largest
 
 
 def _room(specs: Sequence[Spec]) -> int:
