@@ -10,6 +10,7 @@ import torch
 
 from ringcore import (
     AgreementError,
+    Documents,
     KeywordError,
     Layout,
     PeerError,
@@ -18,16 +19,16 @@ from ringcore import (
     find_transport,
     layout_of_lengths,
 )
-from ringcore_transformers.model_mask import ModelMask
+from ringcore_transformers.model_mask import ModelMask, Settled
 
 HELPER = "Pass the batch that ringcore_transformers.split_batch gives this rank."
 
 
 def settle(
     ring: Any, layout: str | Layout, mask: ModelMask, query: torch.Tensor, position_ids: torch.Tensor | None,
-    check: Callable[[], None],
-) -> tuple[int, ...] | None:  # fmt: skip
-    """The keys of each batch entry, padding left out; None where there is no padding.
+    ends: tuple[torch.Tensor | None, torch.Tensor | None], check: Callable[[], None],
+) -> Settled:  # fmt: skip
+    """The keys of each batch entry, padding left out, and packed documents, from where they end for q and for k.
 
     The first layer of a forward pass asks the other ranks, and all ranks raise if ``check`` or anything else fails on
     one of them. Later layers find the answer in ``mask`` and only check themselves.
@@ -44,24 +45,27 @@ def settle(
 
     def describe() -> dict[str, Any]:
         check()
-        return {"entries": query.shape[0], "rows": rows, "tokens": _count_tokens(mask.padding, rows)}
+        tokens = _count_tokens(mask.padding, rows)
+        return {"entries": query.shape[0], "rows": rows, "tokens": tokens, "ends": _document_ends(*ends)}
 
     notes = _together(ring, describe)
     rank = 0 if ring is None else find_transport(ring).rank
     # Without a ring of processes the whole sequence is here, in order, however it is dealt out.
     dealt = layout_of_lengths("contiguous" if ring is None else layout, [note["rows"] for note in notes], "the batch")
-    key_lengths = _add_tokens(notes)
+    found = Settled(_add_tokens(notes), _documents(notes))
 
     def compare() -> dict[str, Any]:
-        due = torch.cat([torch.arange(r.start, r.stop, r.step) for r in dealt.shards[rank]] or [torch.arange(0)])
-        _check_positions(position_ids, due.to(query.device), mask.packed, f"rank {rank} of {dealt.size}")
-        if key_lengths is not None:
-            _check_padding(mask.padding, due.to(query.device), key_lengths)
+        places = torch.cat([torch.arange(r.start, r.stop, r.step) for r in dealt.shards[rank]] or [torch.arange(0)])
+        due = places if found.documents is None else _places_in_documents(found.documents, dealt, rank)
+        packed = mask.packed, found.documents is not None
+        _check_positions(position_ids, due.to(query.device), *packed, f"rank {rank} of {dealt.size}")
+        if found.key_lengths is not None:
+            _check_padding(mask.padding, places.to(query.device), found.key_lengths)
         return {}
 
     _together(ring, compare)
-    mask.settled.append(key_lengths)
-    return key_lengths
+    mask.settled.append(found)
+    return found
 
 
 def _together(ring: Any, describe: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,12 +107,52 @@ def _add_tokens(notes: list[dict[str, Any]]) -> tuple[int, ...] | None:
     return tuple(map(sum, zip(*counts, strict=True)))
 
 
-def _check_positions(position_ids: torch.Tensor | None, due: torch.Tensor, packed: bool, who: str) -> None:
+def _document_ends(of_q: torch.Tensor | None, of_k: torch.Tensor | None) -> list[int] | None:
+    """Where packed documents begin and end; None if they were not given. Raises UnsupportedError, KeywordError."""
+    if of_q is None and of_k is None:
+        return None
+    ends, others = (None if x is None else x.tolist() for x in (of_q, of_k))
+    if ends != others:
+        raise UnsupportedError(
+            f"cu_seq_lens_q is {ends}, cu_seq_lens_k {others}: ring attention takes documents that are the same for "
+            f"queries and keys. {HELPER}"
+        )
+    Documents.from_cu_seqlens(ends)  # which refuses what it cannot mean, here where the others hear of it
+    return ends
+
+
+def _documents(notes: list[dict[str, Any]]) -> Documents | None:
+    for rank, note in enumerate(notes):
+        if note["ends"] != notes[0]["ends"]:
+            raise AgreementError(
+                f"cu_seq_lens_q is {notes[0]['ends']} on rank 0, {note['ends']} on rank {rank}: every rank gets the "
+                f"same, of the whole sequence. {HELPER}"
+            )
+    ends = notes[0]["ends"]
+    return None if ends is None else Documents.from_cu_seqlens(ends)
+
+
+def _places_in_documents(documents: Documents, dealt: Layout, rank: int) -> torch.Tensor:
+    if documents.length != dealt.length:
+        raise KeywordError(
+            f"cu_seq_lens_q ends at {documents.length}, but there are {dealt.length} tokens over all ranks. {HELPER}"
+        )
+    return torch.tensor(documents.local_positions(dealt.positions(rank)), dtype=torch.long)
+
+
+def _check_positions(
+    position_ids: torch.Tensor | None, due: torch.Tensor, packed: bool, documents: bool, who: str
+) -> None:
+    if documents and position_ids is None:
+        raise UnsupportedError(
+            "the batch has packed documents, but this model does not show its position ids to its attention, so "
+            "whether they fit cannot be told. Use another attn_implementation."
+        )
     if position_ids is None:
         if packed:
             raise UnsupportedError(
                 "the position ids jump, but this model does not show them to its attention: they may be those of a "
-                "layout or of packed documents, which ring attention under transformers lacks. Use layout='contiguous'."
+                "layout or of packed documents, and whether they fit cannot be told. Use layout='contiguous'."
             )
         return
     if position_ids.ndim != 2 or position_ids.shape[1] != due.shape[0]:
@@ -120,11 +164,11 @@ def _check_positions(position_ids: torch.Tensor | None, due: torch.Tensor, packe
     if not wrong.any():
         return
     entry, token = wrong.nonzero()[0].tolist()
-    restart = bool((position_ids[entry].diff() < 0).any())
+    restart = not documents and bool((position_ids[entry].diff() < 0).any())
     raise (UnsupportedError if restart else KeywordError)(
         f"position_ids[{entry}, {token}] is {int(position_ids[entry, token])} on {who}, but the layout gives that "
-        f"token position {int(due[token])}. "
-        + ("Positions that start anew mean packed documents, which ring attention lacks. " if restart else "")
+        f"token position {int(due[token])}{' of its document' if documents else ''}. "
+        + ("Positions that start anew mean packed documents: say where with cu_seq_lens_q. " if restart else "")
         + HELPER
     )
 

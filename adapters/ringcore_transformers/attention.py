@@ -76,11 +76,13 @@ class RingAttention:
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None,
         sliding_window: int | None = None, softcap: float | None = None, position_ids: torch.Tensor | None = None,
-        s_aux: torch.Tensor | None = None, **keywords: Any,
+        s_aux: torch.Tensor | None = None, cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None, **keywords: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Attention of one layer: query [B, H, S, D], key and value [B, Hk, S, D] give ([B, S, H, D], None).
 
-        s_aux: the layer's sinks [H].
+        s_aux: the layer's sinks [H]. cu_seq_lens_q, cu_seq_lens_k: where packed documents begin and end in the whole
+            sequence, the same on every rank.
 
         Raises the errors of `ringcore.ring_attention`, and UnsupportedError, by name, for what it lacks.
         """
@@ -101,11 +103,12 @@ class RingAttention:
             if self.ring is not None:
                 _check_split(module, attention_mask)
 
-        key_lengths = settle(self.ring, self.layout, mask, query, position_ids, check)
+        ends = cu_seq_lens_q, cu_seq_lens_k
+        settled = settle(self.ring, self.layout, mask, query, position_ids, ends, check)
         out = ring_attention(
             query, key, value, ring=self.ring, ring_size=self.ring_size, causal=mask.causal, window=mask.window,
-            scale=scaling, softcap=softcap, sinks=s_aux, key_lengths=key_lengths, layout=self.layout,
-            kernels=self.kernels,
+            scale=scaling, softcap=softcap, sinks=s_aux, key_lengths=settled.key_lengths, documents=settled.documents,
+            layout=self.layout, kernels=self.kernels,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 

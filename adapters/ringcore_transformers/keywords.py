@@ -13,6 +13,8 @@ HARMLESS = {
     "output_hidden_states": "hidden states are collected outside of attention",
     "num_items_in_batch": "the loss divides by it",
     "shift_labels": "the loss compares logits with them",
+    "max_length_q": "it follows from cu_seq_lens_q",
+    "max_length_k": "it follows from cu_seq_lens_k",
 }
 
 # What each asks for.
@@ -20,12 +22,8 @@ REFUSED = {
     "output_attentions": "attention weights, which no rank ever holds whole",
     "head_mask": "a head mask",
     "position_bias": "a bias by relative position",
-    "cu_seq_lens_q": "packed documents",
-    "cu_seq_lens_k": "packed documents",
-    "cu_seqlens": "packed documents",
-    "max_length_q": "packed documents",
-    "max_length_k": "packed documents",
-    "seq_idx": "packed documents",
+    "cu_seqlens": "packed documents in another way than by cu_seq_lens_q and cu_seq_lens_k",
+    "seq_idx": "packed documents in another way than by cu_seq_lens_q and cu_seq_lens_k",
     "past_key_values": "a KV cache",
     "cache_position": "a KV cache",
     "block_indices": "sparse attention",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import masking_utils
 
-from ringcore import UnsupportedError
+from ringcore import Documents, UnsupportedError
 
 Window = tuple[int | None, int | None]
 
@@ -19,20 +19,28 @@ class MaskReadError(UnsupportedError, AttributeError):
     """A model looked into its mask, as if it were a matrix."""
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What the ranks agreed on for a forward pass: the keys of each batch entry, and packed documents; None is all."""
+
+    key_lengths: tuple[int, ...] | None
+    documents: Documents | None
+
+
 @dataclass
 class ModelMask:
     """The mask of one forward pass, which a model hands from layer to layer without looking into it.
 
     causal, window: as in `ringcore.ring_attention`. packed: whether transformers took jumps of the position ids for
     borders of documents. padding: [B, columns], True for a token, False for padding, or None. rows: the tokens here.
-    settled: the key lengths, once the ranks have agreed on them; found by the first layer, read by the others.
+    settled: what the ranks agreed on; found by the first layer, read by the others.
     """
 
     causal: bool
     window: Window = (None, None)
     packed: bool = False
     padding: torch.Tensor | None = None
-    settled: list[tuple[int, ...] | None] = field(default_factory=list)
+    settled: list[Settled] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
         raise MaskReadError(

@@ -1,5 +1,7 @@
 """Tiny models with random weights, and what one step of them gives."""
 
+from itertools import pairwise
+
 import torch
 import transformers
 
@@ -60,6 +62,22 @@ def build(name, dtype=torch.float64, attention="eager"):
     return model.to(dtype).train()
 
 
+ENDS = torch.tensor([0, 4, 5, 13])  # of packed documents
+PACKED = (
+    "llama",
+    "mistral with a window",
+    "qwen2 with a window",
+    "gpt_oss",
+)  # what shows its position ids to attention
+
+
+def packed_batch():
+    """One entry of three documents, as transformers' collator that packs makes it."""
+    positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(ENDS.tolist())])[None]
+    ends = {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS, "max_length_q": 8, "max_length_k": 8}
+    return {"input_ids": draw_ids(1), "position_ids": positions}, ends
+
+
 def draw_ids(batch=2, length=13, seed=5):
     return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -69,7 +87,17 @@ def run(model, attention, **batch):
     model.set_attn_implementation(attention)
     model.zero_grad()
     result = model(**batch)
-    out = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return weighed(model, result.logits if hasattr(result, "logits") else result.last_hidden_state)
+
+
+def run_apart(model, attention, ids):
+    """The same for documents packed at ENDS, of which the model sees one at a time."""
+    model.set_attn_implementation(attention)
+    model.zero_grad()
+    return weighed(model, torch.cat([model(input_ids=ids[:, i:j]).logits for i, j in pairwise(ENDS.tolist())], 1))
+
+
+def weighed(model, out):
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(out.dtype)
     (out * weights).sum().backward()
     return out.detach(), {name: x.grad for name, x in model.named_parameters() if x.grad is not None}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import build, draw_ids, run
+from models import build, draw_ids, packed_batch, run
 from torch.nn.functional import cross_entropy
 
 import ringcore
@@ -49,10 +49,28 @@ def test_labels_that_are_in_place_stay_there():
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_gets_the_ends_of_packed_documents(layout):
+    batch, ends = packed_batch()
+    parts = split_all({"input_ids": batch["input_ids"], **ends}, layout, 3)
+    assert torch.equal(
+        ringcore.unshard([part["position_ids"] for part in parts], layout, axis=1), batch["position_ids"]
+    )
+    assert all(part[name] is x for part in parts for name, x in ends.items())
+    assert split_all({**batch, **ends}, layout, 3)[1].keys() == parts[1].keys()
+
+
 @pytest.mark.parametrize(
     ("batch", "error", "said"),
     [
         ({}, KeywordError, "holds nothing"),
+        ({"input_ids": draw_ids(1), "max_length_q": 8}, KeywordError, "no cu_seq_lens_q and no cu_seq_lens_k"),
+        ({**packed_batch()[0]}, UnsupportedError, "cu_seq_lens_q and cu_seq_lens_k"),
+        (
+            {"input_ids": draw_ids(1, 12), **packed_batch()[1]},
+            KeywordError,
+            "cu_seq_lens_q ends at 13, but the batch has 12",
+        ),
         ({"input_ids": draw_ids(), "pixels": draw_ids()}, KeywordError, "holds pixels"),
         ({"input_ids": draw_ids(), "labels": draw_ids(length=12)}, ShapeError, r"labels has shape \(2, 12\)"),
         ({"input_ids": draw_ids()[0]}, ShapeError, r"input_ids has shape \(13,\)"),

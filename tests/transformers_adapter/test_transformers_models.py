@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import CONFIGS, EAGER, build, draw_ids, run
+from models import CONFIGS, EAGER, PACKED, build, draw_ids, packed_batch, run, run_apart
 
 import ringcore_transformers
 
@@ -55,6 +55,19 @@ def run_tokens(model, attention, ids, mask):
     (out * weights).sum().backward()
     kept = {n: x.grad for n, x in model.named_parameters() if x.grad is not None and "embed" not in n}
     return out.detach(), kept
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents(name, size):
+    ringcore_transformers.register("ring_in_process", ring_size=size, layout="zigzag")
+    model, (batch, ends) = build(name), packed_batch()
+    due = run_apart(model, ORACLE[name], batch["input_ids"])
+    allowed = TOLERANCE[torch.float32 if ORACLE[name] == "eager" else torch.float64]
+    for cache in (False, True):
+        close(run(model, "ring_in_process", **batch, **ends, use_cache=cache), due, allowed)
+    whole = run(model, ORACLE[name], input_ids=batch["input_ids"])
+    assert (due[0] - whole[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["mistral with a window", "qwen2 with a window", "gemma2", "gpt_oss"])

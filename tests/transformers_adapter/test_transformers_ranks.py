@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from models import CONFIGS, EAGER, build, draw_ids, run
+from models import CONFIGS, EAGER, PACKED, build, draw_ids, packed_batch, run, run_apart
 from ranks import on_ranks
 from torch.nn.functional import cross_entropy
 from training import STEPS, batches, start
@@ -34,6 +34,24 @@ def test_logits_and_summed_gradients_of_every_model_and_layout(tmp_path):
                 for parameter, x in due.items():
                     came = found[layout, name][1][parameter]
                     assert torch.linalg.vector_norm(came - x) <= allowed * largest, (name, layout, parameter)
+
+
+def test_packed_documents(tmp_path):
+    ranks = on_ranks("packed", tmp_path)
+    for name in PACKED:
+        batch, _ = packed_batch()
+        out, due = run_apart(build(name), ORACLE[name], batch["input_ids"])
+        allowed = 2e-5 if ORACLE[name] == "eager" else 1e-11
+        largest = max(float(x.norm()) for x in due.values())
+        for layout in LAYOUTS:
+            parts = [found[layout, name][0] for found in ranks]
+            assert distance(ringcore.unshard(parts, layout, axis=1), out) < allowed, (name, layout)
+            for found, (parameter, x) in product(ranks, due.items()):
+                assert torch.linalg.vector_norm(found[layout, name][1][parameter] - x) <= allowed * largest, parameter
+    for found in ranks:
+        kind, said = found["other ends"]
+        assert kind == "AgreementError"
+        assert "cu_seq_lens_q is [0, 4, 5, 13] on rank 0, [0, 13] on rank 1" in said
 
 
 def test_padding_on_the_right(tmp_path):

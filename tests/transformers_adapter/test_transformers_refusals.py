@@ -59,7 +59,7 @@ def test_chunked_attention(ring):
     [
         ("output_attentions", True),
         ("head_mask", torch.ones(4)),
-        ("cu_seq_lens_q", torch.tensor([0, 13])),
+        ("cu_seqlens", torch.tensor([0, 13])),
         ("seq_idx", 1),
     ],
 )
@@ -111,6 +111,19 @@ def test_a_model_that_looks_into_its_mask():
 def test_packed_documents(ring):
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
     refuses(UnsupportedError, "position_ids.0, 6. is 0.*packed documents", build("llama"), position_ids=positions)
+    ends = torch.tensor([0, 6, 13])
+    wrong = {"position_ids": positions, "cu_seq_lens_q": ends}
+    refuses(UnsupportedError, "the same for queries and keys", build("llama"), **wrong)
+    for others, error, said in (
+        ([0, 5, 13], KeywordError, r"position_ids\[0, 5\] is 5 .*that token position 0 of its document"),
+        ([0, 6, 12], KeywordError, "cu_seq_lens_q ends at 12, but there are 13 tokens"),
+        ([0, 6, 6, 13], KeywordError, "document 1 is empty"),
+    ):
+        given = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(others))
+        refuses(error, said, build("llama"), position_ids=positions, **given)
+    x = torch.ones(2, 4, 13, 8)
+    with pytest.raises(UnsupportedError, match="does not show its position ids"):
+        ring(torch.nn.Identity(), x, x, x, ModelMask(causal=True), cu_seq_lens_q=ends, cu_seq_lens_k=ends)
     # A model may look at the position ids for its mask alone: nobody can tell a layout's from documents' then.
     mask = ModelMask(causal=True, packed=True)
     x = torch.ones(2, 4, 13, 8)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
-from models import CONFIGS, build, draw_ids
+from models import CONFIGS, PACKED, build, draw_ids, packed_batch
 from training import STEPS, batches, start, step
 
 import ringcore
@@ -36,6 +36,27 @@ def models(group, rank, size):
             sum_gradients(model.parameters(), group)
             gradients = {n: x.grad for n, x in model.named_parameters()}
             found[layout, name] = out.detach(), gradients
+    return found
+
+
+def packed(group, rank, size):
+    """Packed documents: this rank's logits, the sum of gradients, and what other ends on one rank are."""
+    found = {}
+    for layout, name in product(LAYOUTS, PACKED):
+        ringcore_transformers.register("ring", ring=group, layout=layout)
+        model, (batch, ends) = build(name), packed_batch()
+        model.set_attn_implementation("ring")
+        part = split_batch({**batch, **ends}, layout, rank, size)
+        out = model(**part).logits
+        weights = torch.randn((1, 13, out.shape[2]), generator=torch.Generator().manual_seed(6), dtype=out.dtype)
+        (out * ringcore.shard(weights, layout, rank, size, axis=1)).sum().backward()
+        sum_gradients(model.parameters(), group)
+        found[layout, name] = out.detach(), {n: x.grad for n, x in model.named_parameters()}
+    other = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 13]))
+    try:
+        model(**{**part, **(other if rank else {})})
+    except ringcore.RingcoreError as error:
+        found["other ends"] = type(error).__name__, str(error)
     return found
 
 
