@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from counting import at_home, check_loops, loops_of
+from checking import SIZES, check
+from counting import at_home, loops_of
 from deals import DEALS, deals, layouts, problem, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,16 +13,6 @@ from lockstep import check_exchanges, walk
 from pairs import computed
 
 import ringcore
-
-SIZES = (1, 2, 3, 5)
-
-
-def check(case, plans):
-    """Exact, sound and run by the loop; what the simulation saw."""
-    assert computed(case, plans) == case.defined()
-    check_loops(case, plans)
-    return check_exchanges(plans)
-
 
 # Dilated attention: one softmax over a multiset of keys, so pairs count as often as branches hold them.
 

@@ -3,26 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from counting import check_loops
+from checking import SIZES, check
 from deals import DEALS, deals, layouts, problem, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lockstep import check_exchanges
-from pairs import computed
 
 import ringcore
 from ringcore import Band, Documents
 from ringcore.schedule import halo_plans, ring_plans
-
-SIZES = (1, 2, 3, 5)
-
-
-def check(case, plans):
-    """Exact, sound and run by the loop; what the simulation saw."""
-    assert computed(case, plans) == case.defined()
-    check_loops(case, plans)
-    return check_exchanges(plans)
-
 
 # Packed documents: a query sees keys of its own document.
 
