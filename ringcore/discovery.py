@@ -199,7 +199,7 @@ def _points(group: str) -> dict[str, EntryPoint]:
 
 
 def _load(point: EntryPoint) -> Any:
-    """The entry point's object; a library that it needs and lacks becomes our error with a hint."""
+    """The entry point's object; a library that it needs, and that is not there or broken, becomes our error."""
     package = point.module.partition(".")[0]
     extra = package.removeprefix("ringcore_")
     try:
@@ -209,4 +209,9 @@ def _load(point: EntryPoint) -> Any:
             raise
         raise MissingDependency(
             f'{package} needs {exc.name}, which is not installed: pip install "ringcore[{extra}]".'
+        ) from exc
+    except (ImportError, OSError, RuntimeError) as exc:  # a half of it is missing, or what it was built for
+        raise MissingDependency(
+            f"{package} cannot be imported, for what it needs fails: {type(exc).__name__}: {exc}. "
+            f'Try pip install --upgrade "ringcore[{extra}]".'
         ) from exc

@@ -30,7 +30,7 @@ class UnsupportedError(RingcoreError, NotImplementedError):
 
 
 class MissingDependency(RingcoreError, ImportError):
-    """An adapter needs a library that is not installed."""
+    """An adapter needs a library that is not installed, or cannot be imported."""
 
 
 class AgreementError(RingcoreError, ValueError):

@@ -147,6 +147,22 @@ def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
     assert 'pip install "ringcore[best]"' in reason(explain(Q, K, V), "numpy.cpu.best")
 
 
+@pytest.mark.parametrize("fault", [RuntimeError, OSError, ImportError])
+def test_kernels_whose_library_is_broken_are_passed_over(monkeypatch, tmp_path, fault):
+    (tmp_path / "ringcore_broken.py").write_text(f"raise {fault.__name__}('no half of it for CUDA 13')")
+    monkeypatch.syspath_prepend(tmp_path)
+    install(monkeypatch)
+    points = discovery._points("ringcore.kernels")
+    points["numpy.cpu.best"] = EntryPoint("numpy.cpu.best", "ringcore_broken:load", "ringcore.kernels")
+    found = explain(Q, K, V)
+    assert found.kernels == "numpy"
+    assert f"ringcore_broken cannot be imported, for what it needs fails: {fault.__name__}: no half of it" in reason(
+        found, "numpy.cpu.best"
+    )
+    with pytest.raises(MissingDependency, match="no half of it for CUDA 13"):
+        explain(Q, K, V, kernels="numpy.cpu.best")
+
+
 def test_of_several_kernels_that_can_the_preferred_ones_are_named(monkeypatch):
     install(
         monkeypatch,

@@ -28,10 +28,11 @@ class Arrays(Protocol):
         """New memory, rows last, on the device of ``like`` and in its dtype, if there is no other."""
         ...
 
-    def one(self, like: Array) -> Array:
-        """The number 1 in float32 on the device of ``like``, kept where it can be; there before any stream reads it.
+    def ones(self, like: Array) -> Array:
+        """The number 1 for each of ``like``, in float32: one number, kept where it can be, for nobody writes to it.
 
-        Nobody writes to it: to make it takes as long as the launch of any kernel.
+        To make it takes as long as the launch of any kernel. Of a single row it is fresh memory, which others may take
+        for their own.
         """
         ...
 
@@ -40,7 +41,10 @@ class Arrays(Protocol):
         ...
 
     def allocate(self, size: int, like: Array) -> tuple[int, Any]:
-        """The address of so many bytes on the device of ``like``, and what keeps them until the stream is there."""
+        """The address of so many bytes on the device of ``like``, which is the current one, and what keeps them.
+
+        Let go of, they serve only what the same stream does later.
+        """
         ...
 
     def device(self, x: Array) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat.cupy
@@ -22,7 +23,8 @@ class CupyArrays:
     xp = array_api_compat.cupy
 
     def __init__(self) -> None:
-        self._ones: dict[int, Array] = {}
+        self._one: dict[int, Array] = {}
+        self._spread = lru_cache(256)(self._one_for_all)
 
     def address(self, x: Array) -> int:
         """Where x begins."""
@@ -30,25 +32,28 @@ class CupyArrays:
 
     def strides(self, x: Array) -> tuple[int, ...]:
         """The strides of x, in elements."""
-        return tuple(stride // x.itemsize for stride in x.strides)
+        return _in_elements(x.strides, x.itemsize)
 
     def empty(self, shape: tuple[int, ...], like: Array, dtype: Any = None) -> Array:
         """New memory, rows last, on the device of ``like``."""
         with self.on(like):
             return cupy.empty(shape, dtype=dtype or like.dtype)
 
-    def one(self, like: Array) -> Array:
-        """The number 1 in float32, kept for each device; in a graph it is made anew, in the graph's memory."""
+    def ones(self, like: Array) -> Array:
+        """The number 1 for each of ``like``, in float32: one number, kept for each device."""
         device = self.device(like)
-        with like.device:
-            stream = cupy.cuda.get_current_stream()
-            if stream.is_capturing():
-                return cupy.ones((), dtype=cupy.float32)
-            if device not in self._ones:
+        if like.size > 1 and (device in self._one or not self.capturing()):
+            return self._spread(device, like.shape)
+        with self.on(like):  # fresh; while a graph is recorded, in its memory
+            return cupy.broadcast_to(cupy.ones((1,) * like.ndim, dtype=cupy.float32), like.shape)
+
+    def _one_for_all(self, device: int, shape: tuple[int, ...]) -> Array:
+        with cupy.cuda.Device(device):
+            if device not in self._one:
                 made = cupy.ones((), dtype=cupy.float32)
-                stream.synchronize()
-                self._ones[device] = made
-        return self._ones[device]
+                cupy.cuda.get_current_stream().synchronize()  # there before any stream reads it
+                self._one[device] = made
+            return cupy.broadcast_to(self._one[device], shape)
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
         """x where the condition holds and y elsewhere, in their dtype: of bfloat16 CuPy itself makes float32."""
@@ -57,9 +62,8 @@ class CupyArrays:
             return cupy.where(condition, x_bits, y_bits).view(x.dtype)
 
     def allocate(self, size: int, like: Array) -> tuple[int, Any]:
-        """The address of so many bytes, and what keeps them until the stream is there."""
-        with self.on(like):
-            room = cupy.cuda.alloc(size)
+        """The address of so many bytes on the current device, and what keeps them."""
+        room = cupy.cuda.alloc(size)
         return int(room.ptr), room
 
     def device(self, x: Array) -> int:
@@ -85,6 +89,12 @@ class CupyArrays:
     def capturing(self) -> bool:
         """Whether work is recorded for a graph, not run."""
         return bool(cupy.cuda.get_current_stream().is_capturing())
+
+
+@lru_cache(maxsize=1024)
+def _in_elements(strides: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Strides in bytes as strides in elements of so many bytes."""
+    return tuple(stride // size for stride in strides)
 
 
 def load(sharers: int = 1) -> CudnnFrontend:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +10,7 @@ import array_api_compat
 from ringcore import Array, Band, Capabilities, Gradients, Partial, Score, Tile
 from ringcore_cudnn.arrays import Arrays
 from ringcore_cudnn.engine import Engine
-from ringcore_cudnn.graphs import Operand, Problem
+from ringcore_cudnn.graphs import Problem
 from ringcore_cudnn.hiding import added, normalised, seen_alone
 
 _BLOCK = 128  # keys; where backward forgets those past the end, exp(0 - lse) can overflow
@@ -50,10 +49,7 @@ class CudnnFrontend:
         out = self._cut(out, width)
         if mask is not None:
             return normalised(self._arrays, out, lse)
-        xp = self._arrays.xp
-        if math.prod(lse.shape) == 1:  # a row alone: others may take its total for memory of its own
-            return Partial(out, lse, xp.ones_like(lse))
-        return Partial(out, lse, xp.broadcast_to(self._arrays.one(lse), lse.shape))
+        return Partial(out, lse, self._arrays.ones(lse))
 
     def backward(
         self, dout: Array, q: Array, k: Array, v: Array, maximum: Array, total: Array, delta: None, *,
@@ -108,9 +104,9 @@ class CudnnFrontend:
     ) -> None:
         arrays, like = self._arrays, given["q"]
         given = {name: self._aligned(x) if name in _LOADED else x for name, x in given.items()} | found
-        operands = tuple(_operand(name, x.shape, arrays.strides(x), x.dtype) for name, x in given.items())
+        operands = tuple([(name, x.shape, arrays.strides(x), x.dtype) for name, x in given.items()])
         problem = Problem(operands, scale, band, deterministic)
-        addresses = tuple(map(arrays.address, given.values()))
+        addresses = tuple([arrays.address(x) for x in given.values()])
         with arrays.on(like):
             self._engine.run(
                 problem, addresses, device=arrays.device(like), stream=arrays.stream(like),
@@ -171,13 +167,6 @@ _LOADED = frozenset({"q", "k", "v", "out", "dout"})
 
 
 @lru_cache(maxsize=1024)
-def _operand(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Operand:
-    """As cuDNN knows it, with four axes."""
-    ones = (1,) * (4 - len(shape))
-    return name, (*shape, *ones), (*strides, *ones), str(dtype).rpartition(".")[2]
-
-
-@lru_cache(maxsize=1024)
 def _rows_aligned(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether all rows begin so many numbers, or a multiple, apart, and have no gaps."""
     return strides[3] == 1 and all(strides[axis] % _ALIGNED == 0 or shape[axis] == 1 for axis in range(3))
@@ -201,9 +190,7 @@ def _lengths(q: Array, k: Array) -> dict[str, Array]:
     """How many rows and keys there are, told to cuDNN once more, so that it hides what is past the end."""
     xp, device = array_api_compat.array_namespace(q), array_api_compat.device(q)
     lengths = {"q_lengths": q.shape[2], "k_lengths": k.shape[2]}
-    return {
-        name: xp.full((q.shape[0], 1, 1, 1), length, dtype=xp.int32, device=device) for name, length in lengths.items()
-    }
+    return {name: xp.full((q.shape[0],), length, dtype=xp.int32, device=device) for name, length in lengths.items()}
 
 
 def _in_first_column(x: Array, dtype: Any) -> Array:

@@ -23,7 +23,7 @@ class TorchArrays:
     xp = array_api_compat.torch
 
     def __init__(self) -> None:
-        self._ones: dict[torch.device, Tensor] = {}
+        self._one: dict[torch.device, Tensor] = {}
 
     def address(self, x: Tensor) -> int:
         """Where x begins."""
@@ -37,21 +37,25 @@ class TorchArrays:
         """New memory, rows last, on the device of ``like``."""
         return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
-    def one(self, like: Tensor) -> Tensor:
-        """The number 1 in float32, kept for each device; in a graph it is made anew, in the graph's memory."""
-        if torch.cuda.is_current_stream_capturing():
-            return torch.ones((), dtype=torch.float32, device=like.device)
-        if like.device not in self._ones:
+    def ones(self, like: Tensor) -> Tensor:
+        """The number 1 for each of ``like``, in float32: one number, kept for each device."""
+        if like.numel() == 1:
+            return torch.ones_like(like, dtype=torch.float32)
+        one = self._one.get(like.device)
+        if one is None:
+            if torch.cuda.is_current_stream_capturing():  # in the graph's memory, which goes with it
+                return torch.ones((), dtype=torch.float32, device=like.device).expand(like.shape)
             with torch.inference_mode(False):
-                self._ones[like.device] = torch.ones((), dtype=torch.float32, device="cpu").to(like.device)
-        return self._ones[like.device]
+                one = torch.ones((), dtype=torch.float32, device="cpu").to(like.device)
+            self._one[like.device] = one  # there before any stream reads it
+        return one.expand(like.shape)
 
     def where(self, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """x where the condition holds and y elsewhere, in their dtype."""
         return torch.where(condition, x, y)
 
     def allocate(self, size: int, like: Tensor) -> tuple[int, Any]:
-        """The address of so many bytes, and what keeps them until the stream is there."""
+        """The address of so many bytes, and what keeps them."""
         room = torch.empty(size, dtype=torch.uint8, device=like.device)
         return room.data_ptr(), room
 

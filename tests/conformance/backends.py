@@ -10,7 +10,7 @@ from inspect import signature
 from typing import Any
 
 import numpy as np
-from cases import Case, fused_cases, half_cases, half_layout_cases
+from cases import Case, half_cases, half_layout_cases
 from launched import world
 
 import ringcore
@@ -89,7 +89,6 @@ class TorchCuda(Torch):
 
     name = "torch-cuda"
     device = "cuda"
-    further_cases = (half_cases, half_layout_cases, fused_cases)
 
     def __init__(self) -> None:
         import torch

@@ -264,7 +264,7 @@ def fused_cases(sizes: tuple[int, ...]) -> list[Case]:
         _possible(Case(feature, layout, size, shape, dtype, AXES[i % 2]))
         for i, (feature, shape) in enumerate(product(FEATURES, FUSED_SHAPES))
         for layout, size, dtype in zip(
-            (LAYOUTS[i % 5], LAYOUTS[(i + 2) % 5]),
+            (LAYOUTS[i % len(LAYOUTS)], LAYOUTS[(i + 2) % len(LAYOUTS)]),
             (sizes[i % len(sizes)], sizes[(i + 1) % len(sizes)]),
             HALF_DTYPES,
             strict=True,

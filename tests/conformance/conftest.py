@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import recording
 from backends import BACKENDS, RINGS
-from cases import RING_SIZES, every_case, few_cases, pairwise_cases
+from cases import RING_SIZES, every_case, few_cases, fused_cases, pairwise_cases
 from launched import world
 
 
@@ -15,7 +15,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("conformance")
     group.addoption("--backend", default="numpy", choices=sorted(BACKENDS), help="the array library to test")
     group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi, cupy-: mpiexec; gloo, nccl: torchrun")
-    group.addoption("--cases", default="pairwise", choices=("few", "pairwise", "all"), help="how much of the table")
+    group.addoption("--cases", default="pairwise", choices=("few", "fused", "pairwise", "all"), help="how much of it")
     group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
     group.addoption("--record", type=Path, help="add counts, hardware, versions and command to this JSON file")
 
@@ -50,8 +50,11 @@ def pytest_generate_tests(metafunc):
         "all": lambda: [case for case in every_case() if case.size in sizes],
         "pairwise": lambda: pairwise_cases(sizes),
         "few": lambda: few_cases(tuple(size for size in sizes if size <= 3)),
+        "fused": lambda: fused_cases(sizes),
     }
-    cases = choose[metafunc.config.getoption("--cases")]()
-    for further in BACKENDS[metafunc.config.getoption("--backend")].further_cases:
-        cases += further(sizes)
+    chosen = metafunc.config.getoption("--cases")
+    cases = choose[chosen]()
+    if chosen != "fused":
+        for further in BACKENDS[metafunc.config.getoption("--backend")].further_cases:
+            cases += further(sizes)
     metafunc.parametrize("case", list(dict.fromkeys(cases)), ids=str)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import array_api_compat.torch
 import fake_cudnn
 import pytest
 import torch
+from fake_cudnn import adapter
 
 
 class HostArrays:
@@ -29,8 +29,8 @@ class HostArrays:
     def empty(self, shape, like, dtype=None):
         return torch.full(shape, torch.nan, dtype=dtype or like.dtype)
 
-    def one(self, like):
-        return self.kept
+    def ones(self, like):
+        return torch.ones_like(like) if like.numel() == 1 else self.kept.expand(like.shape)
 
     def where(self, condition, x, y):
         return torch.where(condition, x, y)
@@ -53,23 +53,6 @@ class HostArrays:
 
     def capturing(self):
         return False
-
-
-@contextmanager
-def adapter(**keywords):
-    """A fresh stand-in, and a fresh adapter that will import it."""
-
-    def ours():
-        return [name for name in sys.modules if name.partition(".")[0] in ("cudnn", "ringcore_cudnn")]
-
-    before = {name: sys.modules.pop(name) for name in ours()}
-    sys.modules["cudnn"] = fake_cudnn.make(**keywords)
-    try:
-        yield sys.modules["cudnn"]
-    finally:
-        for name in ours():
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
+from contextlib import contextmanager
 from enum import Enum
 from types import ModuleType
 
@@ -24,7 +26,7 @@ class NotSupported(Exception):
 
 class Handle:
     def __init__(self):
-        self.stream = 0
+        self.stream, self.backend_handle = 0, id(self)
 
 
 class Tensor:
@@ -67,11 +69,39 @@ class Tensor:
             raise NotSupported(f"{self.name}: strides {self.stride} across 16 bytes")
 
 
+class Plan:
+    cpp_index = 3
+
+
+class Native:
+    """What a graph of the frontend holds, which runs it on the addresses of its tensors, sorted by their numbers."""
+
+    def __init__(self, graph):
+        self.graph = graph
+
+    def _prepare_variant_pack_template(self):
+        self.uids = sorted(tensor.uid for tensor in (*self.graph.tensors, *self.graph.results))
+
+    def _get_variant_pack_uids_sorted(self):
+        return self.uids
+
+    def _execute_with_raw_ptrs(self, pointers, count, workspace, handle, plan):
+        assert plan == Plan.cpp_index
+        pointers = (ctypes.c_void_p * count).from_address(pointers)
+        handle = next(known for known in self.graph.module.handles if known.backend_handle == handle)
+        self.graph.run(dict(zip(self.uids, pointers, strict=True)), workspace, handle)
+
+
 class Graph:
     """As ``cudnn.pygraph``; ``built`` of the module counts these."""
 
+    selected_engine = None  # cuDNN itself runs it
+
     def __init__(self, module, **kinds):
         self.module, self.terms, self.tensors = module, {}, []
+        self.plans, self._plan_index = [Plan()], 0
+        if module.open:
+            self._lowered_graph = Native(self)
 
     def tensor(self, **keywords):
         self.tensors.append(Tensor(**keywords))
@@ -119,6 +149,10 @@ class Graph:
         return 48
 
     def execute(self, pack, workspace, handle):
+        self.module.described += 1
+        self.run(pack, workspace, handle)
+
+    def run(self, pack, workspace, handle):
         assert set(pack) == {tensor.uid for tensor in (*self.tensors, *self.results)}
         self.module.runs.append((self, handle, handle.stream, workspace))
         given = {name: x.at(pack[x.uid]) for name, x in self.terms.items() if isinstance(x, Tensor)}
@@ -166,11 +200,11 @@ class Graph:
                 mine.copy_(x)
 
 
-def make(empty: str = "infinite") -> ModuleType:
-    """A new module, which keeps what it built, ran and made. empty: a key of EMPTY."""
+def make(empty: str = "infinite", open: bool = True) -> ModuleType:  # noqa: A002
+    """A new module, which keeps what it built, ran and made. empty: a key of EMPTY. open: whether graphs have a Native."""
     module = ModuleType("cudnn")
-    module.empty = empty
-    module.built, module.runs, module.handles = [], [], []
+    module.empty, module.open = empty, open
+    module.built, module.runs, module.handles, module.described = [], [], [], 0
     module.data_type = Enum("data_type", [(name, name) for name in FLOATS])
     module.heur_mode = Enum("heur_mode", ["A", "FALLBACK"])
     module.diagonal_alignment = Enum("diagonal_alignment", ["TOP_LEFT", "BOTTOM_RIGHT"])
@@ -187,3 +221,20 @@ def make(empty: str = "infinite") -> ModuleType:
 
     module.create_handle, module.set_stream = create_handle, set_stream
     return module
+
+
+@contextmanager
+def adapter(**keywords):
+    """A fresh stand-in, and a fresh adapter that will import it."""
+
+    def ours():
+        return [name for name in sys.modules if name.partition(".")[0] in ("cudnn", "ringcore_cudnn")]
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+    sys.modules["cudnn"] = make(**keywords)
+    try:
+        yield sys.modules["cudnn"]
+    finally:
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(before)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 
+import fake_cudnn
 import pytest
+from fake_cudnn import adapter
 
 from ringcore import Band, MissingDependency, UnsupportedError
 
@@ -74,6 +76,34 @@ def test_equal_problems_share_a_graph_and_others_do_not(cudnn):
     assert len(cudnn.built) == 5
     assert len(cudnn.runs) == 7
     assert len(cudnn.handles) == 1
+
+
+def test_addresses_go_straight_to_cudnn_where_the_frontend_lets_them():
+    for open, described in ((True, 0), (False, 2)):  # noqa: A001
+        with adapter(open=open) as cudnn:
+            from ringcore_cudnn import Engine, Problem
+
+            engine = Engine()
+            for _ in range(2):
+                run(engine, Problem(operands(), 0.5))
+            assert len(cudnn.runs) == 2
+            assert cudnn.described == described
+
+
+def test_graphs_of_the_frontends_own_kernels_are_run_by_the_frontend(cudnn, monkeypatch):
+    from ringcore_cudnn import Engine, Problem
+
+    monkeypatch.setattr(fake_cudnn.Graph, "selected_engine", "sdpa_fwd_prefill_sm100")
+    run(Engine(), Problem(operands(), 0.5))
+    assert cudnn.described == 1
+
+
+def test_operands_that_the_frontend_does_not_know_of_are_not_sorted_by_guess(cudnn, monkeypatch):
+    from ringcore_cudnn import Engine, Problem
+
+    monkeypatch.setattr(fake_cudnn.Native, "_get_variant_pack_uids_sorted", lambda self: [*self.uids, 99])
+    run(Engine(), Problem(operands(), 0.5))
+    assert cudnn.described == 1
 
 
 def test_the_graphs_that_ran_longest_ago_go_first(cudnn):

@@ -103,10 +103,15 @@ def test_a_bias_is_not_for_them():
 def test_one_number_is_the_total_of_all_tiles():
     from ringcore_cudnn.cupy_arrays import CupyArrays
 
-    arrays, x = CupyArrays(), cupy.zeros((2, 3), dtype=np.float16)
-    assert arrays.one(x) is arrays.one(x)
-    assert float(arrays.one(x)) == 1.0
-    assert arrays.one(x).dtype == np.float32
+    arrays, x = CupyArrays(), cupy.zeros((2, 3, 4), dtype=np.float16)
+    ones = arrays.ones(x)
+    assert ones is arrays.ones(x)
+    assert arrays.ones(x[:1]).data.ptr == ones.data.ptr
+    assert (ones.shape, ones.dtype, ones.strides) == (x.shape, np.float32, (0, 0, 0))
+    assert bool((ones == 1).all())
+    alone = arrays.ones(x[:1, :1, :1])
+    assert alone.data.ptr != ones.data.ptr
+    assert float(alone) == 1.0
 
 
 def test_work_is_queued_on_the_current_stream():
