@@ -41,7 +41,8 @@ class Side:
     """A stream of the current device beside the caller's."""
 
     def __init__(self) -> None:
-        self.stream: Any = cupy.cuda.Stream(non_blocking=True)  # else the default stream would wait for it
+        # Else the default stream would wait for it; and a tile fills the GPU, behind which its copies would wait.
+        self.stream: Any = cupy.cuda.Stream(non_blocking=True, priority=-1)
 
     @contextmanager
     def behind_caller(self) -> Iterator[Any]:

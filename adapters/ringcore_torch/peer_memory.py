@@ -102,7 +102,11 @@ class PeerMemory:
             self._visiting.handle.barrier(_READY, self._deadline)
             for mine, x in zip(self._visiting.blocks(self._circle.rank, specs[self._circle.rank]), blocks, strict=True):
                 _copy(mine, x)
+            copied = self._pulling.record_event()
             self._visiting.handle.barrier(_READY, self._deadline)
+        if torch.cuda.is_current_stream_capturing():
+            # In a graph no stream goes first: beside a tile, which fills the GPU, these copies would wait for its end.
+            torch.cuda.current_stream(self._index).wait_event(copied)
 
     def fetch(self, owner: int, rows: slice | None, seen: slice | None) -> Blocks:
         """Begin to pull what ``owner`` published; it has arrived once the exchange that follows was waited for."""
