@@ -1,7 +1,31 @@
 // Merging, finishing and lse, each in one pass over memory. WIDE is the accumulation dtype; a block of the grid has
 // some rows of the head blockIdx.y and the batch entry blockIdx.z.
 
-#define AT_ONCE 4  // numbers that a lane asks memory for before it waits
+#define AT_ONCE 4  // numbers side by side that a lane has: one access to memory, where they are aligned
+
+template <typename T> struct alignas(AT_ONCE * sizeof(T)) Pack { T at[AT_ONCE]; };
+
+// Whether a row consists of packs.
+template <typename T> __device__ bool packed(const T *row, Count width) {
+    return width % AT_ONCE == 0 && (size_t)row % sizeof(Pack<T>) == 0;
+}
+
+template <typename T> __device__ Pack<T> load(const T *row, Count start, Count width, bool whole) {
+    if (whole) return *(const Pack<T> *)(row + start);
+    Pack<T> found;
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; n++) if (start + n < width) found.at[n] = row[start + n];
+    return found;
+}
+
+template <typename T> __device__ void store(T *row, Count start, Count width, bool whole, const Pack<T> &held) {
+    if (whole) {
+        *(Pack<T> *)(row + start) = held;
+        return;
+    }
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; n++) if (start + n < width) row[start + n] = held.at[n];
+}
 
 __device__ bool saw(WIDE maximum, WIDE total) { return maximum != NOTHING && total != WIDE(0); }
 
@@ -34,20 +58,19 @@ extern "C" __global__ void merge(
     if (finish) mine /= both, theirs /= both;
     weighted += batch * wb + head * wh + row * ws;
     part_weighted += batch * pwb + head * pwh + row * pws;
-    for (Count start = lane(); start < width; start += AT_ONCE * LANES) {
-        WIDE held[AT_ONCE];
+    const bool whole = packed(weighted, width), part_whole = packed(part_weighted, width);
+    for (Count start = AT_ONCE * lane(); start < width; start += AT_ONCE * LANES) {
+        Pack<STATE> held;
+        Pack<PART> part;
+        if (seen) held = load(weighted, start, width, whole);
+        if (part_seen) part = load(part_weighted, start, width, part_whole);
 #pragma unroll
         for (int n = 0; n < AT_ONCE; n++) {
-            const Count c = start + n * LANES;
-            if (c >= width) continue;
-            held[n] = part_seen ? WIDE(part_weighted[c]) : WIDE(0);
-            if (seen) held[n] = WIDE(weighted[c]) * mine + held[n] * theirs;
+            WIDE number = part_seen ? WIDE(part.at[n]) : WIDE(0);
+            if (seen) number = WIDE(held.at[n]) * mine + number * theirs;
+            held.at[n] = STATE(number);
         }
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
-            const Count c = start + n * LANES;
-            if (c < width) weighted[c] = STATE(held[n]);
-        }
+        store(weighted, start, width, whole, held);
     }
 }
 
@@ -63,18 +86,14 @@ extern "C" __global__ void divide(
     const bool seen = saw(maximum[batch * mb + head * mh + row * ms], sums);
     weighted += batch * wb + head * wh + row * ws;
     out += batch * ob + head * oh + row * os;
-    for (Count start = lane(); start < width; start += AT_ONCE * LANES) {
-        WIDE held[AT_ONCE];
+    const bool whole = packed(weighted, width), out_whole = packed(out, width);
+    for (Count start = AT_ONCE * lane(); start < width; start += AT_ONCE * LANES) {
+        Pack<STATE> held;
+        Pack<PART> found;
+        if (seen) held = load(weighted, start, width, whole);
 #pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
-            const Count c = start + n * LANES;
-            if (c < width) held[n] = seen ? WIDE(weighted[c]) / sums : WIDE(0);
-        }
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
-            const Count c = start + n * LANES;
-            if (c < width) out[c] = PART(held[n]);
-        }
+        for (int n = 0; n < AT_ONCE; n++) found.at[n] = PART(seen ? WIDE(held.at[n]) / sums : WIDE(0));
+        store(out, start, width, out_whole, found);
     }
 }
 

@@ -16,6 +16,7 @@ def pytest_addoption(parser):
     group.addoption("--backend", default="numpy", choices=sorted(BACKENDS), help="the array library to test")
     group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi, cupy-: mpiexec; gloo, nccl: torchrun")
     group.addoption("--cases", default="pairwise", choices=("few", "fused", "pairwise", "all"), help="how much of it")
+    group.addoption("--part", default="1/1", help="K/N: of every N cases the Kth, for launches side by side")
     group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
     group.addoption("--record", type=Path, help="add counts, hardware, versions and command to this JSON file")
 
@@ -35,7 +36,7 @@ def pytest_terminal_summary(terminalreporter, config):
     path, (rank, ranks) = config.getoption("--record"), world()
     if path is None or rank > 0:
         return
-    options = {name: config.getoption(f"--{name}") for name in ("backend", "ring", "cases")}
+    options = {name: config.getoption(f"--{name}") for name in ("backend", "ring", "cases", "part")}
     ran = "passed" in terminalreporter.stats  # else the library may not even be there
     gpus = BACKENDS[options["backend"]].gpus()[:ranks] if ran else []
     recording.add(path, recording.run(options, ranks, terminalreporter.stats, gpus))
@@ -57,4 +58,5 @@ def pytest_generate_tests(metafunc):
     if chosen != "fused":
         for further in BACKENDS[metafunc.config.getoption("--backend")].further_cases:
             cases += further(sizes)
-    metafunc.parametrize("case", list(dict.fromkeys(cases)), ids=str)
+    place, parts = map(int, metafunc.config.getoption("--part").split("/"))
+    metafunc.parametrize("case", list(dict.fromkeys(cases))[place - 1 :: parts], ids=str)

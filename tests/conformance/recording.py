@@ -28,10 +28,10 @@ def run(options: dict[str, str], ranks: int, outcomes: dict[str, Sequence[Any]],
 
 
 def add(path: Path, one: dict[str, Any]) -> None:
-    """Add a run to the file, in place of an earlier one of the same backend, ring and number of ranks."""
+    """Add a run to the file, in place of an earlier one of the same backend, ring, cases and number of ranks."""
 
     def kind(x: dict[str, Any]) -> tuple[Any, ...]:
-        return x["backend"], x["ring"], x["ranks"]
+        return tuple(x[name] for name in ("backend", "ring", "cases", "part", "ranks"))
 
     earlier = json.loads(path.read_text()) if path.exists() else []
     kept = [x for x in earlier if kind(x) != kind(one)]
