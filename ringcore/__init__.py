@@ -1,6 +1,7 @@
 """Exact attention over a sequence that is split across a ring of processes or devices."""
 
 from ringcore.api import ring_attention, ring_attention_vjp
+from ringcore.arguments import Inputs
 from ringcore.balance import balanced
 from ringcore.call import Call, Result, check_output_gradients
 from ringcore.discovery import find_transport
@@ -44,6 +45,7 @@ __all__ = [
     "Explanation",
     "FileError",
     "Gradients",
+    "Inputs",
     "Kernels",
     "KeywordError",
     "Layout",

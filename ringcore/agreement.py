@@ -92,6 +92,8 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "key_lengths": arguments.key_lengths,
         "documents": _documents_note(arguments.documents),
         "sinks": "no sinks" if arguments.sinks is None else "sinks",
+        "prefix": "no prefix" if arguments.prefix_k is None else f"{arguments.prefix_k.shape[2]} keys",
+        "reduce_replicated": arguments.reduce_replicated,
         "layout of q": _layout_note(arguments.q_layout),
         "layout of k and v": _layout_note(arguments.k_layout),
         **columns,

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ringcore.arguments import check_detached, check_flag, swap_axes
+from ringcore.arguments import Arguments, Inputs, check_detached, check_flag, swap_axes
 from ringcore.call import Call, check_output_gradients
 from ringcore.discovery import autograd_adapter
+from ringcore.errors import KeywordError
 from ringcore.layout import Layout
 from ringcore.protocols import Kernels
 from ringcore.values import Array
@@ -40,11 +41,13 @@ def ring_attention(
     documents: Any = None,
     cu_seqlens: Any = None,
     sinks: Array | None = None,
+    prefix: tuple[Array, Array] | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
     axes: str = "bhsd",
     return_lse: bool = False,
+    reduce_replicated: bool = False,
     kernels: Kernels | str | None = None,
 ) -> Any:
     """Exact softmax attention over a sequence that is split across a ring.
@@ -75,8 +78,12 @@ def ring_attention(
         cu_seqlens: instead, where documents begin and end: 0, ..., N.
         sinks: [H], one score for each head that every query sees beside the keys, without a value: it takes its part
             in the sum of weights, and in lse. -inf is none.
+        prefix: (k, v), keys and values [B, Hk, P, ...] that every rank has whole, in ``axes``; each counts once. Every
+            query sees all of them, whatever the other keywords hide: bias and mask have no columns for them.
         layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions.
         q_layout, k_layout: the same for q (and out), and for k and v, where they differ.
+        reduce_replicated: for Torch, whose autograd makes gradients: those of sinks, of prefix and of a bias with one
+            row, which are else this rank's share, are the sum over all ranks, the same on each.
         kernels: who computes, by name or object; None takes the best that is installed and able.
 
     Raises the errors of `ringcore.errors`, on every rank of a ring, before any tensor data is sent.
@@ -86,15 +93,24 @@ def ring_attention(
         "ring": ring, "ring_size": ring_size, "causal": causal, "window": window, "scale": scale, "softcap": softcap,
         "query_offset": query_offset, "key_lengths": key_lengths, "documents": documents, "cu_seqlens": cu_seqlens,
         "layout": layout, "q_layout": q_layout, "k_layout": k_layout, "axes": axes, "kernels": kernels,
+        "reduce_replicated": reduce_replicated,
     }  # fmt: skip
+    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
     adapter = autograd_adapter(type(q))
     if adapter is not None:
-        found = sys.modules[adapter].attend(q, k, v, bias, mask, sinks, return_lse=return_lse, **keywords)
+        found = sys.modules[adapter].attend(inputs, return_lse=return_lse, **keywords)
         if found is not NotImplemented:
             return found
-    prepared = Call("ring_attention", **keywords).prepare(
-        q, k, v, bias, mask, sinks, further=lambda _: check_flag("return_lse", return_lse)
-    )
+
+    def further(arguments: Arguments) -> None:
+        check_flag("return_lse", return_lse)
+        if arguments.reduce_replicated and adapter is None:
+            raise KeywordError(
+                "reduce_replicated is about gradients, and ring_attention makes some for Torch's tensors alone. Call "
+                "ring_attention_vjp with it."
+            )
+
+    prepared = Call("ring_attention", **keywords).prepare(inputs, further)
     result = prepared.forward()
     out = swap_axes(result.out, axes)
     return (out, result.lse) if return_lse else out
@@ -119,31 +135,32 @@ def ring_attention_vjp(
     documents: Any = None,
     cu_seqlens: Any = None,
     sinks: Array | None = None,
+    prefix: tuple[Array, Array] | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
     axes: str = "bhsd",
+    reduce_replicated: bool = False,
     kernels: Kernels | str | None = None,
 ) -> tuple[tuple[Array, Array], Pullback]:
     """Attention as `ring_attention`, with the function that turns gradients of its results into those of its inputs.
 
     Returns ``((out, lse), pullback)``; ``pullback(dout, dlse=None)`` gives one gradient for each name in ``wrt``
-    (out of "q", "k", "v", "bias", "sinks"), in that order, each in its input's shape and dtype. dout has out's shape
-    and dtype, dlse is [B, H, S] and stands for zeros if None. The pullback keeps references to q, k, v, bias, mask,
-    sinks and out: do not change them before it runs. On a ring every rank calls it, once or more.
+    (out of "q", "k", "v", "bias", "sinks", "prefix_k", "prefix_v"), in that order, each in its input's shape and dtype.
+    dout has out's shape and dtype, dlse is [B, H, S] and stands for zeros if None. The pullback keeps references to the
+    arrays that were given and to out: do not change them before it runs. On a ring every rank calls it, once or more.
 
-    The gradient of sinks, and that of a bias with one row, is on a ring of processes this rank's share: add the ranks'
-    shares.
+    On a ring of processes the gradients of what every rank has whole (sinks, prefix, a bias with one row) are this
+    rank's shares, which add up to the gradient; with ``reduce_replicated`` they are that sum, the same on every rank.
     """
     call = Call(
         "ring_attention_vjp", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale,
         softcap=softcap, query_offset=query_offset, key_lengths=key_lengths, documents=documents,
         cu_seqlens=cu_seqlens, layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        gradient=True, wrt=wrt,
+        reduce_replicated=reduce_replicated, gradient=True, wrt=wrt,
     )  # fmt: skip
-    prepared = call.prepare(
-        q, k, v, bias, mask, sinks, further=lambda _: check_detached(q=q, k=k, v=v, bias=bias, sinks=sinks)
-    )
+    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
+    prepared = call.prepare(inputs, lambda _: check_detached(**inputs._asdict()))
     result = prepared.forward(keep_wide=True)
     out, lse, names = swap_axes(result.out, axes), result.lse, tuple(wrt)
 

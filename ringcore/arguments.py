@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 
@@ -20,12 +20,31 @@ from ringcore.values import Array, Score, namespace
 AXES = ("bhsd", "bshd")
 
 
+class Inputs(NamedTuple):
+    """The arrays of a call, as they came; None for those that did not."""
+
+    q: Array
+    k: Array
+    v: Array
+    bias: Array | None = None
+    mask: Array | None = None
+    sinks: Array | None = None
+    prefix_k: Array | None = None
+    prefix_v: Array | None = None
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, bias: Any, mask: Any, sinks: Any, prefix: Any) -> Inputs:
+        """The arrays with those of ``prefix``; what is no pair is left for the checks, where the other ranks hear."""
+        pair = prefix if isinstance(prefix, Sequence) and len(prefix) == 2 else (prefix, None)
+        return cls(q, k, v, bias, mask, sinks, *pair)
+
+
 @dataclass(frozen=True)
 class Arguments:
     """One rank's arguments: arrays as [B, H, S, D], bias and mask with four axes, keywords in full.
 
-    bias_shape is as it came. sinks [H]. offsets has one entry per batch entry; key_lengths too, or is None for "all
-    keys".
+    bias_shape is as it came. sinks [H]; prefix_k and prefix_v [B, Hk, P, ...]. offsets has one entry per batch entry;
+    key_lengths too, or is None for "all keys".
     """
 
     q: Array
@@ -35,6 +54,8 @@ class Arguments:
     bias_shape: tuple[int, ...]
     mask: Array | None
     sinks: Array | None
+    prefix_k: Array | None
+    prefix_v: Array | None
     score: Score
     causal: bool
     window: tuple[int | None, int | None]
@@ -44,6 +65,7 @@ class Arguments:
     q_layout: str | Layout
     k_layout: str | Layout
     axes: str
+    reduce_replicated: bool
 
     @property
     def dtype(self) -> str:
@@ -58,45 +80,46 @@ class Arguments:
         }  # fmt: skip
         return frozenset(name for name, term in terms.items() if term is not None)
 
-    def about(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None
-    ) -> Arguments:
+    def about(self, inputs: Inputs) -> Arguments:
         """The same keywords about other arrays as they came, which were checked or are like those that were."""
-        q, k, v = (swap_axes(x, self.axes) for x in (q, k, v))
-        bias, mask = (None if x is None else _in_four_axes(x) for x in (bias, mask))
-        return replace(self, q=q, k=k, v=v, bias=bias, mask=mask, sinks=sinks)
+        return replace(self, **_put_in_order(inputs, self.axes)._asdict())
 
     def without_arrays(self) -> Arguments:
         """The keywords alone, which keep no array in memory."""
-        return replace(self, q=None, k=None, v=None, bias=None, mask=None, sinks=None)
+        nothing: dict[str, Any] = dict.fromkeys(Inputs._fields)
+        return replace(self, **nothing)
 
 
 def check_arguments(
-    q: Array, k: Array, v: Array, *, causal: bool, window: Any, scale: float | None, softcap: float | None,
-    bias: Array | None, mask: Array | None, sinks: Array | None = None, query_offset: Any, key_lengths: Any,
-    documents: Any = None, cu_seqlens: Any = None, layout: str | Layout, q_layout: str | Layout | None = None,
-    k_layout: str | Layout | None = None, axes: str,
+    inputs: Inputs, *, causal: bool, window: Any, scale: float | None, softcap: float | None, query_offset: Any,
+    key_lengths: Any, documents: Any = None, cu_seqlens: Any = None, layout: str | Layout,
+    q_layout: str | Layout | None = None, k_layout: str | Layout | None = None, axes: str,
+    reduce_replicated: bool = False,
 ) -> Arguments:  # fmt: skip
     """The arguments in full, or the first error among them. Lengths across ranks are checked later."""
     if not isinstance(axes, str) or axes not in AXES:
         raise KeywordError(f'axes is {axes!r}; it must be "bhsd" (batch, heads, sequence, width) or "bshd".')
-    _check_arrays({"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks})
-    q, k, v = _checked_shapes(q, k, v, axes)
+    if (inputs.prefix_k is None) != (inputs.prefix_v is None):
+        raise KeywordError("prefix must hold two arrays, (k, v): keys and values that every rank has.")
+    _check_arrays(inputs)
+    _check_shapes(inputs, axes)
+    _check_prefix(inputs, axes)
     for name, given in (("layout", layout), ("q_layout", q_layout), ("k_layout", k_layout)):
         if given is not None or name == "layout":
             check_layout_name(given, name)
     check_flag("causal", causal)
+    check_flag("reduce_replicated", reduce_replicated)
+    bias, sinks, q = inputs.bias, inputs.sinks, swap_axes(inputs.q, axes)
+    _check_term("bias", bias, q)
+    _check_term("mask", inputs.mask, q)
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ShapeError(
             f"sinks has shape {tuple(sinks.shape)}; it must hold one score for each of q's {q.shape[1]} heads, [H]."
         )
     batch = q.shape[0]
     return Arguments(
-        q, k, v,
-        bias=None if bias is None else _four_axes("bias", bias, q),
+        **_put_in_order(inputs, axes)._asdict(),
         bias_shape=() if bias is None else tuple(bias.shape),
-        mask=None if mask is None else _four_axes("mask", mask, q),
-        sinks=sinks,
         score=Score(_scale(scale, q), _softcap(softcap, q)),
         causal=bool(causal),
         window=check_window(window, bool(causal)),
@@ -106,7 +129,18 @@ def check_arguments(
         q_layout=layout if q_layout is None else q_layout,
         k_layout=layout if k_layout is None else k_layout,
         axes=axes,
+        reduce_replicated=bool(reduce_replicated),
     )  # fmt: skip
+
+
+def _put_in_order(inputs: Inputs, axes: str) -> Inputs:
+    """q, k, v and the prefix as [B, H, S, D], bias and mask with four axes."""
+    rows = {name: getattr(inputs, name) for name in ("q", "k", "v", "prefix_k", "prefix_v")}
+    terms = {"bias": inputs.bias, "mask": inputs.mask}
+    return inputs._replace(
+        **{name: x if x is None else swap_axes(x, axes) for name, x in rows.items()},
+        **{name: x if x is None else _in_four_axes(x) for name, x in terms.items()},
+    )
 
 
 def swap_axes(x: Array, axes: str) -> Array:
@@ -185,8 +219,8 @@ def check_detached(**arrays: Any) -> None:
             )
 
 
-def _check_arrays(arrays: dict[str, Any]) -> None:
-    given = {name: x for name, x in arrays.items() if x is not None or name in ("q", "k", "v")}
+def _check_arrays(inputs: Inputs) -> None:
+    given = {name: x for name, x in inputs._asdict().items() if x is not None or name in ("q", "k", "v")}
     libraries = {}
     for name, x in given.items():
         check_array(name, x)
@@ -199,12 +233,12 @@ def _check_arrays(arrays: dict[str, Any]) -> None:
     devices = {name: str(array_api_compat.device(x)) for name, x in given.items()}
     if len(set(devices.values())) > 1:
         raise DeviceError(f"the arrays are on different devices ({_listed(devices)}). Move them to one first.")
-    dtypes = {name: dtype_name(given[name]) for name in ("q", "k", "v")}
+    dtypes = {name: dtype_name(x) for name, x in given.items() if name not in ("bias", "mask", "sinks")}
     for name, dtype in dtypes.items():
         if dtype not in FLOATING:
             raise DtypeError(f"{name} holds {dtype}; attention is defined for {', '.join(FLOATING)}. Convert it first.")
     if len(set(dtypes.values())) > 1:
-        raise DtypeError(f"q, k and v must share one dtype, but hold {_listed(dtypes)}.")
+        raise DtypeError(f"{', '.join(dtypes)} must share one dtype, but hold {_listed(dtypes)}.")
     if "mask" in given and dtype_name(mask := given["mask"]) != "bool":
         raise DtypeError(
             f"mask holds {dtype_name(mask)}; it must be bool, True = may attend. For added scores use bias."
@@ -216,13 +250,14 @@ def _check_arrays(arrays: dict[str, Any]) -> None:
             )
 
 
-def _checked_shapes(q: Array, k: Array, v: Array, axes: str) -> tuple[Array, Array, Array]:
-    """q, k and v as [B, H, S, D], whose lengths fit each other."""
+def _check_shapes(inputs: Inputs, axes: str) -> None:
+    """Raise ShapeError unless the shapes of q, k and v fit each other."""
     letters = "[B, H, S, D]" if axes == "bhsd" else "[B, S, H, D]"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
+    for name in ("q", "k", "v", "prefix_k", "prefix_v"):
+        x = getattr(inputs, name)
+        if x is not None and x.ndim != 4:
             raise ShapeError(f"{name} has {x.ndim} axes, shape {tuple(x.shape)}; it must have four, {letters}.")
-    q, k, v = (swap_axes(x, axes) for x in (q, k, v))
+    q, k, v = (swap_axes(x, axes) for x in inputs[:3])
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [B, H, S, D]"
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ShapeError(f"q, k and v must share the batch size, but came as {shapes}.")
@@ -237,10 +272,25 @@ def _checked_shapes(q: Array, k: Array, v: Array, axes: str) -> tuple[Array, Arr
             f"q has {q.shape[1]} heads, which the {k.shape[1]} heads of k and v do not divide. "
             "Grouped heads need a whole number of query heads for each key head."
         )
-    return q, k, v
 
 
-def _four_axes(name: str, term: Array, q: Array) -> Array:
+def _check_prefix(inputs: Inputs, axes: str) -> None:
+    if inputs.prefix_k is None:
+        return
+    k, v, prefix_k, prefix_v = (swap_axes(x, axes) for x in (inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v))
+    length = prefix_k.shape[2]
+    for name, x, like in (("k", prefix_k, k), ("v", prefix_v, v)):
+        due = *like.shape[:2], length, like.shape[3]
+        if tuple(x.shape) != due:
+            raise ShapeError(
+                f"the {name} of prefix has shape {tuple(x.shape)} as [B, H, P, D]; beside {name} {tuple(like.shape)} "
+                f"and a prefix of {length} keys it must be {due}."
+            )
+
+
+def _check_term(name: str, term: Array | None, q: Array) -> None:
+    if term is None:
+        return
     came = tuple(term.shape)
     if not 2 <= term.ndim <= 4:
         raise ShapeError(
@@ -254,7 +304,6 @@ def _four_axes(name: str, term: Array, q: Array) -> Array:
                 f"{name} has shape {came}; its axis {letter} must be 1 or q's {q.shape[axis]} to fit [B, H, S, N]. "
                 "With ring= it holds this rank's rows and all columns in global order."
             )
-    return term
 
 
 def _in_four_axes(term: Array) -> Array:

@@ -13,6 +13,7 @@ import array_api_compat
 from ringcore.agreement import Agreed, Note, agree, common_of
 from ringcore.arguments import (
     Arguments,
+    Inputs,
     check_arguments,
     check_array,
     check_detached,
@@ -28,7 +29,8 @@ from ringcore.integers import is_integer
 from ringcore.layout import Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.protocols import Kernels, Transport
-from ringcore.session import LocalSession, ProcessSession, Session, join_term, split_term
+from ringcore.replicated import add_all
+from ringcore.session import LocalSession, ProcessSession, Session, split_term
 from ringcore.values import Array, namespace
 from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 
@@ -38,7 +40,7 @@ _KEPT = 64  # signatures that a call remembers
 _PLAIN = (type(None), bool, int, float, str)
 _known_of_ring: WeakKeyDictionary[Transport, dict[str, dict[Any, Known]]] = WeakKeyDictionary()
 _TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
-GRADIENTS = ("q", "k", "v", "bias", "sinks")
+GRADIENTS = ("q", "k", "v", "bias", "sinks", "prefix_k", "prefix_v")
 
 
 @dataclass(frozen=True)
@@ -65,32 +67,30 @@ class Call:
     cu_seqlens: Any = None
     q_layout: str | Layout | None = None
     k_layout: str | Layout | None = None
+    reduce_replicated: bool = False
     gradient: bool = False
     wrt: Any = ()
     known: dict[Any, Known] | None = field(default=None, repr=False, compare=False)
 
-    def prepare(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None, *,
-        further: Callable[[Arguments], None] = lambda arguments: None,
-    ) -> Prepared:  # fmt: skip
+    def prepare(self, inputs: Inputs, further: Callable[[Arguments], None] = lambda arguments: None) -> Prepared:
         """Check everything that can be checked, on a ring together with the other ranks.
 
         ``further`` checks what came beside these arguments. Raises the errors of `ringcore.errors`.
         """
         if self.ring is None:
-            known = self._about(self._remembered(None), q, k, v, bias, mask, sinks)
-            arguments = known.arguments.about(q, k, v, bias, mask, sinks)
+            known = self._about(self._remembered(None), inputs)
+            arguments = known.arguments.about(inputs)
             further(arguments)
             if known.local is None:
                 known.local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
             return Prepared(arguments, known.local, known.kernels)
-        transport = find_transport(self.ring, like=q)
+        transport = find_transport(self.ring, like=inputs.q)
         remembered = self._remembered(find_transport(self.ring))
 
         def check() -> tuple[tuple[Arguments, Known], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
-            known = self._about(remembered, q, k, v, bias, mask, sinks)
-            arguments = known.arguments.about(q, k, v, bias, mask, sinks)
+            known = self._about(remembered, inputs)
+            arguments = known.arguments.about(inputs)
             further(arguments)
             if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
@@ -145,18 +145,18 @@ class Call:
             known.clear()
         return known.setdefault(key, {})
 
-    def _about(self, remembered: dict[Any, Known], *arrays: Any) -> Known:
+    def _about(self, remembered: dict[Any, Known], inputs: Inputs) -> Known:
         """What holds for arrays of these types, shapes, dtypes and devices: found out once, if it is remembered."""
         try:
-            signature = tuple(map(_signature, arrays))
+            signature = tuple(map(_signature, inputs))
             known = remembered.get(signature)
         except (AttributeError, TypeError):  # no arrays at all, perhaps: the checks say so
             signature, known = (), None
         if known is not None:
             if known.check_array is not None:
-                known.check_array(arrays[0])
+                known.check_array(inputs.q)
             return known
-        arguments, kernels, _ = self.choose(*arrays)
+        arguments, kernels, _ = self.choose(inputs)
         known = Known(arguments.without_arrays(), kernels, _library_check(arguments.q))
         if signature and not getattr(kernels, "capturing", bool)():
             if len(remembered) >= _KEPT:
@@ -164,23 +164,21 @@ class Call:
             remembered[signature] = known
         return known
 
-    def choose(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None
-    ) -> tuple[Arguments, Kernels, list[str]]:
+    def choose(self, inputs: Inputs) -> tuple[Arguments, Kernels, list[str]]:
         """The checked arguments, who computes, and why each one before was passed over; nothing is sent."""
         _check_ring_size(self.ring, self.ring_size)
         arguments = check_arguments(
-            q, k, v, bias=bias, mask=mask, sinks=sinks, causal=self.causal, window=self.window, scale=self.scale,
-            softcap=self.softcap, query_offset=self.query_offset, key_lengths=self.key_lengths,
-            documents=self.documents, cu_seqlens=self.cu_seqlens, layout=self.layout, q_layout=self.q_layout,
-            k_layout=self.k_layout, axes=self.axes,
+            inputs, causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap,
+            query_offset=self.query_offset, key_lengths=self.key_lengths, documents=self.documents,
+            cu_seqlens=self.cu_seqlens, layout=self.layout, q_layout=self.q_layout, k_layout=self.k_layout,
+            axes=self.axes, reduce_replicated=self.reduce_replicated,
         )  # fmt: skip
         check_library = _library_check(arguments.q)
         if check_library is not None:
             check_library(arguments.q)
         needs = arguments.needs
         if self.gradient:
-            _check_wrt(self.wrt, bias=bias, sinks=sinks)
+            _check_wrt(self.wrt, inputs)
             needs |= {"gradient", "bias_gradient"} if "bias" in self.wrt else {"gradient"}
         sharers = 1 if self.ring is None else find_transport(self.ring).sharers
         chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, needs, sharers)
@@ -235,11 +233,12 @@ class Prepared:
         bias, sinks = (within_range(term, arguments.q) for term in (arguments.bias, arguments.sinks))
         terms = bias, arguments.mask
         biases, masks = (split_term(session, term, len(qs)) for term in terms)
+        prefix = None if arguments.prefix_k is None else (arguments.prefix_k, arguments.prefix_v)
         arithmetic = find_arithmetic(arguments.q)
         self._works = [
             ForwardWork(
-                *parts, sinks=sinks, score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths,
-                arithmetic=arithmetic,
+                *parts, sinks=sinks, prefix=prefix, score=arguments.score, kernels=kernels,
+                lengths=deal.k_layout.lengths, arithmetic=arithmetic,
             )
             for parts in zip(qs, ks, vs, biases, masks, strict=True)
         ]  # fmt: skip
@@ -263,34 +262,45 @@ class Prepared:
         return Result(namespace(wide).astype(wide, dtype, copy=False), wide, maximum, total)
 
     def _backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
-        arguments, session, axes = self.arguments, self.session, self.arguments.axes
+        arguments, session = self.arguments, self.session
         deal = session.deal
 
         def split(x: Array | None) -> list[Any]:
             return [None] * len(self._works) if x is None else session.split(x, deal.q_layout)
 
-        rows = (swap_axes(dout, axes), dlse, result.out, result.wide, result.maximum, result.total)
+        rows = (swap_axes(dout, arguments.axes), dlse, result.out, result.wide, result.maximum, result.total)
         backward = [
             BackwardWork(work, *parts, wanted=frozenset(wrt))
             for work, *parts in zip(self._works, *map(split, rows), strict=True)
         ]
         carried = session.run(backward)
-        xp = namespace(dout)
-        shares = {"q": [work.dq for work in backward]} if "q" in wrt else {}
+        split_parts = {"q": [work.dq for work in backward]} if "q" in wrt else {}
         for place, name in enumerate(name for name in ("k", "v") if name in wrt):
-            shares[name] = [blocks[place] for blocks in carried if blocks is not None]
-        gradients: dict[str, Array] = {}
-        for name, parts in shares.items():
-            like, layout = getattr(arguments, name), deal.q_layout if name == "q" else deal.k_layout
-            whole = session.join([xp.astype(part, like.dtype, copy=False) for part in parts], layout)
-            gradients[name] = swap_axes(whole, axes)
+            split_parts[name] = [blocks[place] for blocks in carried if blocks is not None]
+        shares = {name: [work.replicated[name] for work in backward] for name in wrt if name in backward[0].replicated}
         if "bias" in wrt and arguments.bias is not None:
-            whole = join_term(session, [work.dbias for work in backward], arguments.bias)
-            gradients["bias"] = xp.reshape(xp.astype(whole, arguments.bias.dtype, copy=False), arguments.bias_shape)
-        if "sinks" in wrt and arguments.sinks is not None:
-            shares = xp.stack([work.dsinks for work in backward])
-            gradients["sinks"] = xp.astype(xp.sum(shares, axis=0), arguments.sinks.dtype, copy=False)
-        return tuple(gradients[name] for name in wrt)
+            of_bias = shares if arguments.bias.shape[2] == 1 else split_parts
+            of_bias["bias"] = [work.dbias for work in backward]
+        gradients = self._of_replicated(shares)
+        for name, parts in split_parts.items():
+            layout = deal.k_layout if name in ("k", "v") else deal.q_layout
+            gradients[name] = session.join(parts, layout)
+        return tuple(self._as_it_came(name, gradients[name]) for name in wrt)
+
+    def _of_replicated(self, shares: dict[str, list[Array]]) -> dict[str, Array]:
+        """The gradients of what every rank has whole: of this process's ranks, or of all if that is asked for."""
+        sums = {name: add_all(shares[name]) for name in sorted(shares)}
+        if sums and self.arguments.reduce_replicated:
+            return dict(zip(sums, self.session.sum_over_ranks(tuple(sums.values())), strict=True))
+        return sums
+
+    def _as_it_came(self, name: str, gradient: Array) -> Array:
+        """The gradient in the dtype, shape and axes in which its input was given."""
+        xp, like = namespace(gradient), getattr(self.arguments, name)
+        gradient = xp.astype(gradient, like.dtype, copy=False)
+        if name == "bias":
+            return xp.reshape(gradient, self.arguments.bias_shape)
+        return gradient if name == "sinks" else swap_axes(gradient, self.arguments.axes)
 
 
 @lru_cache(maxsize=256)
@@ -353,10 +363,11 @@ def _check_ring_size(ring: Any, ring_size: int | None) -> int:
     return int(ring_size)
 
 
-def _check_wrt(wrt: Sequence[str], **terms: Array | None) -> None:
+def _check_wrt(wrt: Sequence[str], inputs: Inputs) -> None:
     names = list(wrt) if isinstance(wrt, Sequence) and not isinstance(wrt, str) else []
     if not names or any(name not in GRADIENTS or names.count(name) > 1 for name in names):
         raise KeywordError(f"wrt is {wrt!r}; it must hold some of {', '.join(GRADIENTS)}, each once, in a tuple.")
-    for name, term in terms.items():
-        if name in names and term is None:
-            raise KeywordError(f'wrt holds "{name}", but there is no {name}. Give {name}= or leave it out of wrt.')
+    for name in names:
+        if getattr(inputs, name) is None:
+            given = name.partition("_")[0]
+            raise KeywordError(f'wrt holds "{name}", but there is no {given}. Give {given}= or leave it out of wrt.')

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringcore.arguments import check_flag
-from ringcore.call import GRADIENTS, Call
+from ringcore.arguments import Inputs, check_flag
+from ringcore.call import Call
 from ringcore.discovery import find_transport
 from ringcore.layout import Layout
 from ringcore.protocols import Kernels, Transport
@@ -53,10 +53,12 @@ def explain(
     documents: Any = None,
     cu_seqlens: Any = None,
     sinks: Array | None = None,
+    prefix: tuple[Array, Array] | None = None,
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
     axes: str = "bhsd",
     return_lse: bool = False,
+    reduce_replicated: bool = False,
     kernels: Kernels | str | None = None,
 ) -> Explanation:
     """Which kernels `ring_attention` would use with these arguments, why not others, and how blocks would travel.
@@ -66,7 +68,7 @@ def explain(
     group is collective, so that the first time every rank must be here. What only the ranks together can find wrong,
     such as lengths that do not fit the layout, is not looked for.
 
-    Shapes and dtypes: as for `ring_attention`; the numbers in q, k, v, bias, mask and sinks do not matter.
+    Shapes and dtypes: as for `ring_attention`; the numbers in the arrays do not matter.
     wrt: of which inputs gradients will be wanted, as for `ring_attention_vjp`; where it is empty, of those tensors
         that require grad. Torch's autocast is not applied: give tensors of the dtype that it would convert to.
 
@@ -74,15 +76,16 @@ def explain(
     were asked for and cannot do the call.
     """
     check_flag("return_lse", return_lse)
-    recorded = zip(GRADIENTS, (q, k, v, bias, sinks), strict=True)
-    wrt = wrt or tuple(name for name, x in recorded if getattr(x, "requires_grad", False) is True)
+    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
+    recorded = (name for name, x in inputs._asdict().items() if getattr(x, "requires_grad", False) is True)
+    wrt = wrt or tuple(recorded)
     call = Call(
         "explain", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
         query_offset=query_offset, key_lengths=key_lengths, documents=documents, cu_seqlens=cu_seqlens,
         layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        gradient=bool(wrt), wrt=wrt,
+        reduce_replicated=reduce_replicated, gradient=bool(wrt), wrt=wrt,
     )  # fmt: skip
-    arguments, chosen, passed = call.choose(q, k, v, bias, mask, sinks)
+    arguments, chosen, passed = call.choose(inputs)
     where = f"local ring of {ring_size or 1} rank(s), all in this process"
     if ring is not None:
         transport = find_transport(ring, like=arguments.q)

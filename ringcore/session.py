@@ -16,10 +16,11 @@ from ringcore.layout import Layout, layout_of_lengths, resolve_layout
 from ringcore.local import run_local
 from ringcore.partition import shard, unshard
 from ringcore.protocols import OneSided, Transport
+from ringcore.replicated import SumWork, sum_plans
 from ringcore.ring import Work, ring
 from ringcore.schedule import ring_plans
 from ringcore.tiling import Visibility
-from ringcore.values import Array, Blocks, Move, Plan, namespace
+from ringcore.values import Array, Blocks, Move, Plan
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Session(Protocol):
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run the ring loop of every shard here; what came home."""
+        ...
+
+    def sum_over_ranks(self, arrays: Blocks) -> Blocks:
+        """The sums of all ranks' arrays, of which these are those of the ranks that run here; equal on every rank."""
         ...
 
     def check(self, check: Callable[[], None], name: str) -> None:
@@ -84,6 +89,10 @@ class LocalSession:
         """Run all ranks' loops in turn."""
         return run_local([ring(plan, work) for plan, work in zip(self.deal.plans, works, strict=True)])
 
+    def sum_over_ranks(self, arrays: Blocks) -> Blocks:
+        """The arrays: all ranks run here."""
+        return arrays
+
     def check(self, check: Callable[[], None], name: str) -> None:
         """Run the check."""
         check()
@@ -111,18 +120,30 @@ class ProcessSession:
         return parts[0]
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
-        """Run this rank's loop; blocks of ranks that share memory are read in place."""
+        """Run this rank's loop."""
         (work,) = works
-        plan = self.deal.plans[self.transport.rank]
-        loop = ring(plan, work)
+        return [self._run(self.deal.plans, work)]
+
+    def sum_over_ranks(self, arrays: Blocks) -> Blocks:
+        """Every rank's arrays visit all others, which add them in the order of ranks."""
         transport = self.transport
+        if transport.size == 1:
+            return arrays
+        work = SumWork(arrays, transport.rank, transport.size)
+        self._run(sum_plans(transport.size), work)
+        return work.sums()
+
+    def _run(self, plans: tuple[Plan, ...], work: Work) -> Blocks | None:
+        """Run this rank's loop; blocks of ranks that share memory are read in place."""
+        transport, plan = self.transport, plans[self.transport.rank]
+        loop = ring(plan, work)
         if transport.size > 1 and _is_one_sided(type(transport)):
             reader = cast(OneSided, transport)
-            if self._published(reader, work):
+            if _published(reader, plans, work):
                 result = run_rank(loop, InPlace(reader, plan))
                 reader.retire()
-                return [result]
-        return [run_rank(loop, transport)]
+                return result
+        return run_rank(loop, transport)
 
     def check(self, check: Callable[[], None], name: str) -> None:
         """Run the check on every rank and agree that it passed."""
@@ -142,11 +163,12 @@ class ProcessSession:
             self.transport.abort(error)
             raise
 
-    def _published(self, transport: OneSided, work: Work) -> bool:
-        specs = {rank: work.visiting_specs(Move(rank, rank)) for rank in range(transport.size)}
-        carried = {plan.rank: {move: work.carried_specs(move) for move in plan.home} for plan in self.deal.plans}
-        carries = any(each for moves in carried.values() for each in moves.values())
-        return transport.publish(work.visiting(), specs, carried if carries else None)
+
+def _published(transport: OneSided, plans: tuple[Plan, ...], work: Work) -> bool:
+    specs = {rank: work.visiting_specs(Move(rank, rank)) for rank in range(transport.size)}
+    carried = {plan.rank: {move: work.carried_specs(move) for move in plan.home} for plan in plans}
+    carries = any(each for moves in carried.values() for each in moves.values())
+    return transport.publish(work.visiting(), specs, carried if carries else None)
 
 
 @lru_cache(maxsize=16)
@@ -187,11 +209,3 @@ def split_term(session: Session, term: Array | None, parts: int) -> list[Array |
     if term is None or term.shape[2] == 1:
         return [term] * parts
     return list(session.split(term, session.deal.q_layout))
-
-
-def join_term(session: Session, parts: Sequence[Array], term: Array) -> Array:
-    """The gradient of a bias, in its own shape: this process's share where rows are shared."""
-    if term.shape[2] != 1:
-        return session.join(parts, session.deal.q_layout)
-    xp = namespace(*parts)
-    return xp.sum(xp.stack(list(parts)), axis=0)

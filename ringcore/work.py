@@ -13,7 +13,7 @@ from ringcore.merge import StandardArithmetic, empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
 from ringcore.protocols import Arithmetic, Kernels
-from ringcore.values import Array, Blocks, Gradients, Move, Score, Spec, Tile, namespace
+from ringcore.values import Array, Band, Blocks, Gradients, Move, Score, Spec, Tile, namespace
 
 _STANDARD = StandardArithmetic()
 
@@ -23,9 +23,11 @@ class ForwardWork:
 
     def __init__(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None,
-        *, score: Score, kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic = _STANDARD,
+        prefix: Blocks | None = None, *, score: Score, kernels: Kernels, lengths: Sequence[int],
+        arithmetic: Arithmetic = _STANDARD,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.bias, self.mask, self.sinks = q, k, v, bias, mask, sinks
+        self.q, self.k, self.v, self.sinks, self.prefix = q, k, v, sinks, prefix
+        self.bias, self.mask = bias, mask
         self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
         # A sink is a key that every query of its head sees, without a value: the sums begin with it, once.
         self.state = None if sinks is None else _partial_of_sinks(sinks, q, v.shape[-1])
@@ -45,31 +47,35 @@ class ForwardWork:
 
     def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
         """Merge the tiles into the state of q's rows."""
+        self._visit(block, tiles, self.bias, self.mask)
+        return ()
+
+    def _visit(self, block: Blocks, tiles: Sequence[Tile], bias: Array | None, mask: Array | None) -> None:
         k, v = block
-        for tile in self.pieces(tiles):
+        for tile in self.pieces(tiles, mask):
             rows, whole = row_index(tile), _covers(self.q, tile)
             if not whole and self.state is None:
                 self.state = empty_partial(self.q, v.shape[-1])
+            terms = _terms(bias, mask, tile)
             if self.fused:
-                self._visit_fused(k, v, tile)
+                self._visit_fused(k, v, tile, terms)
                 continue
             state = self.state
             if whole or state is None:
-                self.state = self._forward(k, v, tile, state=state)
+                self.state = self._forward(k, v, tile, terms, state=state)
             else:
                 piece = Partial(*(x[rows] for x in fields(state)))
-                part = self._forward(k, v, tile, state=piece)
+                part = self._forward(k, v, tile, terms, state=piece)
                 if part is not piece:
                     new = zip(fields(state), fields(part), strict=True)
                     self.state = Partial(*(put(x, rows, value) for x, value in new))
-        return ()
 
-    def _visit_fused(self, k: Array, v: Array, tile: Tile) -> None:
+    def _visit_fused(self, k: Array, v: Array, tile: Tile, terms: dict[str, Array | None]) -> None:
         """Merge what came before; the tile's own partial waits: the last one is merged as the sums are divided."""
         if self.state is not None and self.last is not None:
             self.state = self.arithmetic.merge_rows(self.state, *self.last)
             self.last = None
-        part = self._forward(k, v, tile)
+        part = self._forward(k, v, tile, terms)
         if self.state is None:
             self.state = part
         else:
@@ -80,18 +86,29 @@ class ForwardWork:
         """Whether the kernels know one tile alone."""
         return self.kernels.capabilities.fused
 
-    def pieces(self, tiles: Sequence[Tile]) -> Iterator[Tile]:
+    def pieces(self, tiles: Sequence[Tile], mask: Array | None) -> Iterator[Tile]:
         """The tiles in the form that the kernels take."""
         for tile in tiles:
-            yield from pieces(tile, self.kernels.capabilities, masked=self.mask is not None)
+            yield from pieces(tile, self.kernels.capabilities, masked=mask is not None)
 
-    def _forward(self, k: Array, v: Array, tile: Tile, **state: Partial | None) -> Partial:
+    def prefix_tiles(self) -> tuple[Tile, ...]:
+        """All of q's rows and all keys of the prefix, at positions before the first."""
+        if self.prefix is None or not self.q.shape[2] or not self.prefix[0].shape[2]:
+            return ()
+        (batch, heads, rows, _), (_, key_heads, keys, _) = self.q.shape, self.prefix[0].shape
+        batch, heads, key_heads, whole, columns = (slice(0, n, 1) for n in (batch, heads, key_heads, rows, keys))
+        return (Tile(batch, heads, key_heads, whole, columns, (range(rows),), (range(-keys, 0),), Band()),)
+
+    def _forward(
+        self, k: Array, v: Array, tile: Tile, terms: dict[str, Array | None], **state: Partial | None
+    ) -> Partial:
         rows, keys = row_index(tile), key_index(tile)
-        terms = _terms(self.bias, self.mask, tile)
         return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
 
     def complete(self) -> None:
-        """Nothing: the last partial is merged by `finish`."""
+        """Merge the prefix, which nobody sent; the last partial is merged by `finish`."""
+        if self.prefix is not None:
+            self._visit(self.prefix, self.prefix_tiles(), None, None)
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """Never called: nothing is carried."""
@@ -109,7 +126,8 @@ class ForwardWork:
 class BackwardWork:
     """q, dout and the row statistics stay, (k, v) visit, dq and dbias accumulate here, (dk, dv) are carried home.
 
-    ``wide`` is ``out`` before its last cast. ``wanted`` names the gradients to compute, out of q, k, v, bias and sinks.
+    ``wide`` is ``out`` before its last cast. ``wanted`` names the gradients to compute, out of q, k, v, bias, sinks,
+    prefix_k and prefix_v. ``replicated``, once the ring has run, holds this rank's shares of the last three.
     """
 
     def __init__(
@@ -121,6 +139,7 @@ class BackwardWork:
         self.delta: Array | None = None
         self.rows: dict[str, Array | None] = {}
         self.dq = None
+        self.replicated: dict[str, Array] = {}
         self.sum = Sum(forward.q)
         self.dbias = _zeros(forward.bias) if "bias" in wanted else None
         if not forward.fused or "sinks" in wanted:
@@ -144,66 +163,80 @@ class BackwardWork:
 
     def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
         """Add to dq and dbias; the tiles' shares of dk and dv."""
-        k, v = block
-        forward, wanted = self.forward, self.wanted
-        if forward.fused:
-            return self._visit_fused(k, v, tiles)
-        dk = _zeros(k) if "k" in wanted else None
-        dv = _zeros(v) if "v" in wanted else None
-        for tile in forward.pieces(tiles):
-            rows, keys = row_index(tile), key_index(tile)
-            bias_index = () if self.dbias is None else term_index(self.dbias, tile)
-            places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
-            places = (self.dq, rows), (dk, keys), (dv, keys), (self.dbias, bias_index)
-            into = Gradients(*(None if x is None else x[index] for x, index in places))
-            gained = self._backward(k, v, tile, into)
-            if gained is not into:
-                new = gained.dq, gained.dk, gained.dv, gained.dbias
-                self.dq, dk, dv, self.dbias = (
-                    x if x is None else put(x, index, value) for (x, index), value in zip(places, new, strict=True)
-                )
-        return tuple(x for x in (dk, dv) if x is not None)
-
-    def _visit_fused(self, k: Array, v: Array, tiles: Sequence[Tile]) -> Blocks:
-        """Add the gradients that the kernels return."""
-        sums = {"q": self.sum, "k": Sum(k), "v": Sum(v)}
-        for tile in self.forward.pieces(tiles):
-            for total in sums.values():
-                total.settle()
-            rows, keys = row_index(tile), key_index(tile)
-            bias_index = () if self.dbias is None else term_index(self.dbias, tile)
-            into = Gradients(dbias=None if self.dbias is None else self.dbias[bias_index])
-            gained = self._backward(k, v, tile, into)
-            if self.dbias is not None and gained.dbias is not into.dbias:
-                self.dbias = put(self.dbias, bias_index, gained.dbias)
-            for name, index, part in (("q", rows, gained.dq), ("k", keys, gained.dk), ("v", keys, gained.dv)):
-                if name in self.wanted:
-                    sums[name].add(index, part)
-        ranks = len(self.forward.lengths)
-        share = tuple(sums[name].take(last=ranks == 1) for name in ("k", "v") if name in self.wanted)
-        if k is self.forward.k and ranks <= 2:  # one other share at most is added to it
+        forward, wanted = self.forward, ("k" in self.wanted, "v" in self.wanted)
+        if not forward.fused:
+            return self._visit(block, tiles, wanted, forward.bias, forward.mask, self.dbias)
+        ranks = len(forward.lengths)
+        sums = self._visit_fused(block, tiles, wanted, forward.bias, forward.mask, self.dbias)
+        share = tuple(total.take(last=ranks == 1) for total in sums)
+        if block[0] is forward.k and ranks <= 2:  # one other share at most is added to it
             return share
         return tuple(
             namespace(x).astype(x, self._carried_dtype(like), copy=False)
             for x, like in zip(share, self._carried(), strict=True)
         )
 
+    def _visit(
+        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None, mask: Array | None,
+        dbias: Array | None,
+    ) -> Blocks:  # fmt: skip
+        """Add to dq and, if it is given, dbias; dk and dv of the block, if they are wanted."""
+        k, v = block
+        dk, dv = (_zeros(x) if want else None for x, want in zip(block, wanted, strict=True))
+        for tile in self.forward.pieces(tiles, mask):
+            rows, keys = row_index(tile), key_index(tile)
+            bias_index = () if dbias is None else term_index(dbias, tile)
+            places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
+            places = (self.dq, rows), (dk, keys), (dv, keys), (dbias, bias_index)
+            into = Gradients(*(None if x is None else x[index] for x, index in places))
+            gained = self._backward(k, v, tile, into, _terms(bias, mask, tile))
+            if gained is not into:
+                new = gained.dq, gained.dk, gained.dv, gained.dbias
+                self.dq, dk, dv, dbias = (
+                    x if x is None else put(x, index, value) for (x, index), value in zip(places, new, strict=True)
+                )
+        if dbias is not None:
+            self.dbias = dbias
+        return tuple(x for x in (dk, dv) if x is not None)
+
+    def _visit_fused(
+        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None, mask: Array | None,
+        dbias: Array | None,
+    ) -> list[Sum]:  # fmt: skip
+        """Add the gradients that the kernels return, as `_visit`."""
+        k, v = block
+        dq, dk, dv = self.sum, Sum(k), Sum(v)
+        for tile in self.forward.pieces(tiles, mask):
+            for total in (dq, dk, dv):
+                total.settle()
+            rows, keys = row_index(tile), key_index(tile)
+            bias_index = () if dbias is None else term_index(dbias, tile)
+            into = Gradients(dbias=None if dbias is None else dbias[bias_index])
+            gained = self._backward(k, v, tile, into, _terms(bias, mask, tile))
+            if dbias is not None and gained.dbias is not into.dbias:
+                self.dbias = dbias = put(dbias, bias_index, gained.dbias)
+            wants = "q" in self.wanted, *wanted
+            places = (dq, rows, gained.dq), (dk, keys, gained.dk), (dv, keys, gained.dv)
+            for want, (total, index, part) in zip(wants, places, strict=True):
+                if want:
+                    total.add(index, part)
+        return [total for total, want in zip((dk, dv), wanted, strict=True) if want]
+
     def _carried_dtype(self, x: Array) -> Any:
         narrow = travels_narrow(x, self.forward.kernels, len(self.forward.lengths))
         return x.dtype if narrow else accumulation_dtype(x)
 
-    def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients) -> Gradients:
+    def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients, terms: dict[str, Array | None]) -> Gradients:
         forward = self.forward
         rows, keys = row_index(tile), key_index(tile)
         return forward.kernels.backward(
             self.dout[rows], forward.q[rows], k[keys], v[keys],
             self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
-            score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+            score=forward.score, tile=tile, into=into, **terms,
             **{name: None if x is None else x[rows] for name, x in self.rows.items()},
         )  # fmt: skip
 
-    @property
-    def dsinks(self) -> Array:
+    def _of_sinks(self) -> Array:
         """This rank's share of the gradient of sinks [H]: over its own rows, from the finished statistics alone."""
         xp, sinks = namespace(self.maximum), self.forward.sinks
         seen = self.total > 0
@@ -212,8 +245,17 @@ class BackwardWork:
         return -xp.sum(weights * self.delta, axis=(0, 2))
 
     def complete(self) -> None:
-        """dq [B, H, S, D] is the sum over all blocks."""
-        if self.forward.fused and "q" in self.wanted:
+        """dq [B, H, S, D] is the sum over all blocks, to which the prefix belongs."""
+        forward, names = self.forward, ("prefix_k", "prefix_v")
+        if forward.prefix is not None:
+            visit = self._visit_fused if forward.fused else self._visit
+            wanted = names[0] in self.wanted, names[1] in self.wanted
+            found = visit(forward.prefix, forward.prefix_tiles(), wanted, None, None, None)
+            shares = (x.take() if isinstance(x, Sum) else x for x in found)
+            self.replicated |= zip((name for name in names if name in self.wanted), shares, strict=True)
+        if "sinks" in self.wanted:
+            self.replicated["sinks"] = self._of_sinks()
+        if forward.fused and "q" in self.wanted:
             self.dq = self.sum.take()
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:

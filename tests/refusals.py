@@ -29,7 +29,13 @@ def given(transport, changes, different, convert=lambda x: x):
     names = dict(zip("qkv", task_of(transport).shards(transport.rank), strict=True))
     if different:
         names |= {name: change(names.get(name)) if callable(change) else change for name, change in changes.items()}
-    return {name: convert(x) if isinstance(x, np.ndarray) else x for name, x in names.items()}
+
+    def converted(x):
+        if isinstance(x, tuple):
+            return tuple(map(converted, x))
+        return convert(x) if isinstance(x, np.ndarray) else x
+
+    return {name: converted(x) for name, x in names.items()}
 
 
 def failure(call):
@@ -94,6 +100,9 @@ WRONG = {
     "documents twice": ({"documents": [0] * LENGTH, "cu_seqlens": [0, LENGTH]}, KeywordError, "came together"),
     "sinks of another length": ({"sinks": np.zeros(3)}, ShapeError, "sinks has shape (3,)"),
     "sinks of integers": ({"sinks": np.zeros(4, int)}, DtypeError, "sinks holds int64"),
+    "prefix of one array": ({"prefix": np.zeros((2, 2, 3, 6))}, KeywordError, "prefix must hold two arrays"),
+    "prefix of another width": ({"prefix": (np.zeros((2, 2, 3, 5)),) * 2}, ShapeError, "the k of prefix has shape"),
+    "reduce_replicated": ({"reduce_replicated": "yes"}, KeywordError, "reduce_replicated is 'yes'"),
     "layout of q": ({"q_layout": "spiral"}, LayoutError, "q_layout is 'spiral'"),
     "ring size": ({"ring_size": 2}, KeywordError, "ring_size=2 came together"),
 }
@@ -103,6 +112,7 @@ WRONG_OF_VJP = {
     "wrt nothing": ({"wrt": None}, KeywordError, "wrt is None"),
     "wrt of a bias": ({"wrt": ("q", "bias")}, KeywordError, "there is no bias"),
     "wrt of sinks": ({"wrt": ("q", "sinks")}, KeywordError, "there is no sinks"),
+    "wrt of a prefix": ({"wrt": ("prefix_v",)}, KeywordError, "there is no prefix"),
 }
 
 
@@ -120,6 +130,7 @@ def disagreed(size):
         "documents": ({"documents": [0] * (LENGTH - 1) + [1]}, "documents"),
         "cu_seqlens": ({"cu_seqlens": [0, 5, LENGTH]}, "documents"),
         "sinks": ({"sinks": np.zeros(4)}, "sinks"),
+        "prefix": ({"prefix": (np.zeros((2, 2, 3, 6)),) * 2}, "prefix"),
         "key lengths": ({"key_lengths": [3, 4]}, "key_lengths"),
         "query offset": ({"query_offset": 1}, "query_offset"),
         "query offsets": ({"query_offset": [0, 1]}, "query_offset"),

@@ -31,6 +31,7 @@ LAYERS = {
         "exchange",
         "local",
         "probation",
+        "replicated",
         "ring",
         "session",
         "work",

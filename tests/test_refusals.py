@@ -57,6 +57,15 @@ SHAPES = {
     "sinks of key heads": ({"sinks": np.zeros(2)}, ["sinks has shape (2,)", "each of q's 4 heads, [H]"]),
     "sinks of two axes": ({"sinks": np.zeros((2, 4))}, ["sinks has shape (2, 4)", "[H]"]),
     "mask of no axes": ({"mask": np.True_}, ["mask has 0 axes", "two to four"]),
+    "prefix of three axes": ({"prefix": (K[0], V)}, ["prefix_k has 3 axes", "[B, H, S, D]"]),
+    "prefix of query heads": (
+        {"prefix": (np.zeros((2, 4, 3, 4)), np.zeros((2, 4, 3, 3)))},
+        ["the k of prefix has shape (2, 4, 3, 4)", "it must be (2, 2, 3, 4)"],
+    ),
+    "prefix of two lengths": (
+        {"prefix": (K[:, :, :3], V[:, :, :2])},
+        ["the v of prefix has shape (2, 2, 2, 3)", "a prefix of 3 keys", "(2, 2, 3, 3)"],
+    ),
 }
 DTYPES = {
     "integers": ({"q": Q.astype(int), "k": K.astype(int), "v": V.astype(int)}, ["q holds int64", "float16", "Convert"]),
@@ -76,6 +85,11 @@ DTYPES = {
     "bias number": ({"bias": 0.5}, ["bias is a float", "an array"]),
     "bias integers": ({"bias": np.zeros((6, 6), int)}, ["bias holds int64", "added to the scores", "float32"]),
     "bias bool": ({"bias": np.ones((6, 6), bool)}, ["bias holds bool", "added to the scores"]),
+    "prefix lists": ({"prefix": (K.tolist(), V.tolist())}, ["prefix_k is a list", "an array"]),
+    "prefix of another dtype": (
+        {"prefix": (K.astype("float32"), V)},
+        ["share one dtype", "prefix_k: float32", "prefix_v: float64"],
+    ),
     "sinks list": ({"sinks": [0.0] * 4}, ["sinks is a list", "an array"]),
     "sinks integers": ({"sinks": np.zeros(4, int)}, ["sinks holds int64", "a score for each head", "float32"]),
     "mask list": ({"mask": [[True]]}, ["mask is a list", "an array"]),
@@ -230,6 +244,17 @@ def test_ring_and_ring_size_together_are_refused():
     refused(lambda: ring_attention(Q, K, V, ring=Ring(), ring_size=2), KeywordError, said)
 
 
+@pytest.mark.parametrize("prefix", [K, (K,), (K, V, V), (None, V), (K, None), 3])
+def test_a_prefix_that_is_no_pair_is_refused(prefix):
+    for function in (ring_attention, ring_attention_vjp, ringcore.explain):
+        refused(lambda call=function: call(Q, K, V, prefix=prefix), KeywordError, ["prefix must hold two", "(k, v)"])
+
+
+def test_gradients_that_are_not_made_are_not_reduced():
+    said = ["reduce_replicated is about gradients", "ring_attention_vjp"]
+    refused(lambda: ring_attention(Q, K, V, reduce_replicated=True), KeywordError, said)
+
+
 @pytest.mark.parametrize("value", ["yes", 1, None, np.ones(2, bool)])
 def test_return_lse_other_than_true_or_false_is_refused(value):
     refused(lambda: ring_attention(Q, K, V, return_lse=value), KeywordError, ["return_lse is", "True or False"])
@@ -249,6 +274,7 @@ def test_return_lse_other_than_true_or_false_is_refused(value):
         (iter("q"), ["wrt is <", "in a tuple"]),
         (("q", "bias"), ['wrt holds "bias"', "there is no bias", "Give bias="]),
         (("sinks",), ['wrt holds "sinks"', "there is no sinks", "Give sinks="]),
+        (("prefix_k",), ['wrt holds "prefix_k"', "there is no prefix", "Give prefix="]),
     ],
 )
 def test_wrt_that_names_no_gradients_is_refused(wrt, said):
@@ -271,8 +297,6 @@ FUTURE = [
     "dropout_seed",
     "is_causal",
     "partial",
-    "prefix",
-    "reduce_replicated",
     "return_partial",
     "segment_lengths",
 ]

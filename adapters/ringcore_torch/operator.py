@@ -9,24 +9,19 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ringcore import Result, UnsupportedError, check_output_gradients
+from ringcore import Inputs, Result, UnsupportedError, check_output_gradients
 from ringcore_torch.keywords import call_of, objects_of, text_of
 from ringcore_torch.partials import finished_lse
-
-_INPUTS = ("q", "k", "v", "bias", "sinks")
 
 Tensor = torch.Tensor
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None = None, *,
-    return_lse: bool, **keywords: Any,
-) -> Any:  # fmt: skip
+def attend(inputs: Inputs, *, return_lse: bool, **keywords: Any) -> Any:
     """`ringcore.ring_attention` on tensors: (out, lse) or out, with gradients where an input requires them.
 
     NotImplemented, where the arguments are such that `ringcore.ring_attention` must refuse them.
     """
-    given = [q, k, v, *(x for x in (bias, mask, sinks) if x is not None)]
+    q, given = inputs.q, [x for x in inputs if x is not None]
     if type(return_lse).__name__ not in ("bool", "bool_") or not all(_takes(x, q.device) for x in given):
         return NotImplemented
     if any(isinstance(x, Tensor) and x.requires_grad for x in keywords.values()):
@@ -35,19 +30,20 @@ def attend(
         _refuse_numbers_in_arrays(keywords)
     else:
         _refuse_transforms(given)
-    inputs = zip(_INPUTS, (q, k, v, bias, sinks), strict=True)
-    wrt = [name for name, x in inputs if x is not None and x.requires_grad and torch.is_grad_enabled()]
+    named = inputs._asdict()
+    wrt = [name for name, x in named.items() if x is not None and x.requires_grad and torch.is_grad_enabled()]
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        rows = {name: named[name] for name in ("q", "k", "v", "prefix_k", "prefix_v")}
+        inputs = inputs._replace(**{name: x if x is None else _cast(x, dtype) for name, x in rows.items()})
     text = text_of(**keywords, wrt=wrt)
     if not _plain(given):
-        out, lse, _, _ = torch.ops.ringcore.attend(q, k, v, bias, sinks, mask, text)
+        out, lse, _, _ = torch.ops.ringcore.attend(*inputs, text)
     elif wrt:
-        out, lse, _, _ = _Recorded.apply(q, k, v, bias, sinks, mask, text)  # type: ignore[no-untyped-call]
+        out, lse, _, _ = _Recorded.apply(*inputs, text)  # type: ignore[no-untyped-call]
     else:
-        out, result = _run(q, k, v, bias, sinks, mask, text)
+        out, result = _run(inputs, text)
         lse = finished_lse(result.maximum, result.total, -torch.inf) if return_lse else None
     return (out, lse) if return_lse else out
 
@@ -58,22 +54,26 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     return not watched and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None, text: str
-) -> tuple[Tensor, Result]:
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast converts it."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _run(inputs: Inputs, text: str) -> tuple[Tensor, Result]:
     """out in the caller's axes, its memory ordered as q's, and what else was found."""
     call = call_of("ring_attention", text)
-    with _uncast(q):
-        result = call.prepare(*_detached(q, k, v, bias, mask, sinks)).forward()
+    with _uncast(inputs.q):
+        result = call.prepare(_detached(inputs)).forward()
     out = result.out if call.axes == "bhsd" else result.out.transpose(1, 2)
-    return _with_strides(_out_strides(q, v), out), result
+    return _with_strides(_out_strides(inputs.q, inputs.v), out), result
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None, keywords: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, keywords: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, lse, maximum and total."""
-    out, result = _run(q, k, v, bias, sinks, mask, keywords)
+    out, result = _run(Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v), keywords)
     maximum, total = result.maximum.contiguous(), result.total.contiguous()
     return out, finished_lse(maximum, total, -torch.inf), maximum, total
 
@@ -83,8 +83,9 @@ _attend = torch.library.custom_op("ringcore::attend", _forward, mutates_args=())
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None, keywords: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, keywords: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     axes = call_of("ring_attention", keywords).axes
     out = q.new_empty_strided((*q.shape[:3], v.shape[3]), _out_strides(q, v))
     rows = q.shape[:3] if axes == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
@@ -95,25 +96,25 @@ def _(
 
 def _backward(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    sinks: Tensor | None, mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
+    mask: Tensor | None, sinks: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, out: Tensor,
+    maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the names in ``wrt``."""
     names = tuple(wrt.split())
     call = call_of("the gradient of ring_attention", keywords, wrt=names)
     if dout is None:
         dout = torch.zeros_like(out)
-    dout, dlse, out, maximum, total = _detached(dout, dlse, out, maximum, total)
+    dout, dlse, out, maximum, total = map(_without_grad, (dout, dlse, out, maximum, total))
     rows = out if call.axes == "bhsd" else out.transpose(1, 2)
     result = Result(rows, rows, maximum, total)
-    q, k, v, bias, mask, sinks = _detached(q, k, v, bias, mask, sinks)
+    inputs = _detached(Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v))
 
     def further(_: Any) -> None:
         check_output_gradients(dout, dlse, out, maximum)
 
     with _uncast(q):
-        prepared = call.prepare(q, k, v, bias, mask, sinks, further=further)
-        found = prepared.backward(result, dout, dlse, names)
-    return [_stored_as(like, x) for like, x in zip(_named(names, q, k, v, bias, sinks), found, strict=True)]
+        found = call.prepare(inputs, further).backward(result, dout, dlse, names)
+    return [_stored_as(getattr(inputs, name), x) for name, x in zip(names, found, strict=True)]
 
 
 _attend_backward = torch.library.custom_op("ringcore::attend_backward", _backward, mutates_args=())
@@ -122,9 +123,11 @@ _attend_backward = torch.library.custom_op("ringcore::attend_backward", _backwar
 @_attend_backward.register_fake
 def _(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    sinks: Tensor | None, mask: Tensor | None, out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
+    mask: Tensor | None, sinks: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, out: Tensor,
+    maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(x) for x in _named(wrt.split(), q, k, v, bias, sinks)]
+    inputs = Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v)
+    return [torch.empty_like(getattr(inputs, name)) for name in wrt.split()]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -144,12 +147,12 @@ def _gradients(
     backward: Callable[..., list[Tensor]], ctx: Any, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Any, ...]:
     """One gradient, or None, for each input of the operator."""
-    wrt = [name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=False) if needed]
+    wrt = [name for name, needed in zip(Inputs._fields, ctx.needs_input_grad, strict=False) if needed]
     if dout is None and dlse is None:
-        return (None,) * (len(_INPUTS) + 2)
+        return (None,) * (len(Inputs._fields) + 1)
     gradients = backward(dout, dlse, *ctx.saved_tensors, ctx.keywords, " ".join(wrt))
     found = dict(zip(wrt, gradients, strict=True))
-    return *(found.get(name) for name in _INPUTS), None, None
+    return *(found.get(name) for name in Inputs._fields), None
 
 
 def _refuse_double(ctx: Any, *_: Any) -> None:
@@ -206,13 +209,12 @@ def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _named(names: Sequence[str], *inputs: Tensor | None) -> list[Tensor]:
-    """Those of q, k, v, bias and sinks that are named."""
-    return [x for name in names if (x := dict(zip(_INPUTS, inputs, strict=True))[name]) is not None]
+def _detached(inputs: Inputs) -> Inputs:
+    return Inputs(*map(_without_grad, inputs))
 
 
-def _detached(*tensors: Any) -> list[Any]:
-    return [x.detach() if x is not None and x.requires_grad else x for x in tensors]
+def _without_grad(x: Any) -> Any:
+    return x.detach() if x is not None and x.requires_grad else x
 
 
 def _uncast(q: Tensor) -> AbstractContextManager[Any]:

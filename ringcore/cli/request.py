@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ringcore.arguments import Arguments, check_arguments, check_columns
+from ringcore.arguments import Arguments, Inputs, check_arguments, check_columns
 from ringcore.cli.backends import Backend, find_backend
 from ringcore.cli.check import Question
 from ringcore.cli.options import AttendOptions, parse_integers, parse_offset, parse_window
@@ -90,9 +90,11 @@ def read_request(options: AttendOptions, rank: int, size: int, sharers: int, pla
     dtype = options.dtype or q.dtype.name
     given = options.dtype
     arguments = check_arguments(
-        *(_like(x, given) for x in (q, k, v)),
+        Inputs(
+            _like(q, given), _like(k, given), _like(v, given), None if bias is None else _like(bias),
+            None if mask is None else _like(mask),
+        ),
         causal=options.causal, window=parse_window(options.window), scale=options.scale, softcap=options.softcap,
-        bias=None if bias is None else _like(bias), mask=None if mask is None else _like(mask),
         query_offset=parse_offset(options.query_offset),
         key_lengths=None if options.key_lengths is None else parse_integers("--key-lengths", options.key_lengths),
         layout=options.layout or "contiguous", axes=options.axes,

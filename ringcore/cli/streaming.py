@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ringcore.arguments import within_range
+from ringcore.arguments import Inputs, within_range
 from ringcore.cli.backends import DeviceBackend
 from ringcore.cli.request import Request
 from ringcore.cli.tensors import Stored, read_rows
@@ -108,7 +108,7 @@ class Streaming:
         )
         # Arrays here are [B, H, S, D], whatever order the files have.
         arguments = replace(request.arguments, axes="bhsd").about(
-            backend.enter(q), k, v, terms.get("bias"), terms.get("mask")
+            Inputs(backend.enter(q), k, v, terms.get("bias"), terms.get("mask"))
         )
         bias = within_range(arguments.bias, arguments.q)
         work = ForwardWork(

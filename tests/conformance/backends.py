@@ -17,7 +17,8 @@ import ringcore
 
 Cases = Callable[[tuple[int, ...]], list[Case]]
 
-INPUTS = ("q", "k", "v")
+INPUTS = ("q", "k", "v")  # those that are split
+ROWS = (*INPUTS, "prefix_k", "prefix_v")  # those with a sequence axis
 
 
 class Backend:
@@ -218,11 +219,14 @@ class ProcessRing:
 
         joined = {}
         for name, x in gradients.items():
-            if name == "bias":
-                rows = keywords["bias"].shape[-2] if keywords["bias"].ndim >= 2 else 1
-                joined[name] = whole(x, 0, x.ndim - 2) if rows != 1 else sum(group.allgather(x))
-            elif name == "sinks":
-                joined[name] = sum(group.allgather(x))
+            if name == "bias" and keywords["bias"].ndim >= 2 and keywords["bias"].shape[-2] != 1:
+                joined[name] = whole(x, 0, x.ndim - 2)
+            elif name not in INPUTS:
+                shares = group.allgather(x)
+                if keywords.get("reduce_replicated"):
+                    assert all((share == shares[0]).all() for share in shares), f"d{name} differs between ranks"
+                    shares = shares[:1]
+                joined[name] = sum(shares)
             else:
                 joined[name] = whole(x, name != "q")
         return whole(out, 0), whole(lse, 0), joined
@@ -362,8 +366,11 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
         name: backend.make(x) if isinstance(x, np.ndarray) and name not in on_host else x
         for name, x in keywords.items()
     }
+    if "prefix" in keywords:
+        keywords["prefix"] = tuple(backend.make(given(x)) for x in keywords["prefix"])
     keywords = {**keywords, **where, "axes": axes, "kernels": backend.kernels}
     if wrt is None:
+        keywords.pop("reduce_replicated", None)
         out, lse = ringcore.ring_attention(q, k, v, return_lse=True, **keywords)
         gradients = ()
     else:
@@ -371,5 +378,5 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
         gradients = pullback(dout, dlse)
     assert str(out.dtype) == str(q.dtype)
     named = {name: backend.back(x) for name, x in zip(wrt or (), gradients, strict=True)}
-    named = {name: given(x) if name in INPUTS else x for name, x in named.items()}
+    named = {name: given(x) if name in ROWS else x for name, x in named.items()}
     return given(backend.back(out)), backend.back(lse), named

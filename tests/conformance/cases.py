@@ -101,6 +101,25 @@ def _sinks_alone(rng, shape, dtype):
     return {"sinks": sinks.astype(dtype), "window": (8, 3), "key_lengths": lengths}
 
 
+def _prefix_of(rng, shape, dtype, length):
+    heads = shape.batch, shape.key_heads, length
+    return tuple(rng.standard_normal((*heads, width)).astype(dtype) for width in (shape.width, shape.value_width))
+
+
+def _prefix(rng, shape, dtype):
+    # Every query sees it, those too that see nothing else.
+    return {"prefix": _prefix_of(rng, shape, dtype, 7), "window": (4, 0), "query_offset": shape.keys - 2}
+
+
+def _prefix_reduced(rng, shape, dtype):
+    return {
+        "prefix": _prefix_of(rng, shape, dtype, 3), "causal": True, "softcap": 2.0, "reduce_replicated": True,
+        "bias": rng.standard_normal((1, shape.heads, 1, shape.keys)).astype(dtype),
+        "mask": rng.random((shape.queries, shape.keys)) < 0.7,
+        "sinks": rng.standard_normal(shape.heads).astype(dtype),
+    }  # fmt: skip
+
+
 def _everything(rng, shape, dtype):
     return {
         "causal": True,
@@ -112,6 +131,7 @@ def _everything(rng, shape, dtype):
         "query_offset": [3 * entry + 1 for entry in range(shape.batch)],
         "key_lengths": [shape.keys - entry - 1 for entry in range(shape.batch)],
         "sinks": rng.standard_normal(shape.heads).astype(dtype),
+        "prefix": _prefix_of(rng, shape, dtype, 2),
     }
 
 
@@ -147,6 +167,8 @@ FEATURES: dict[str, Feature] = {
     "cu_seqlens": _cu_seqlens,
     "sinks": _sinks,
     "sinks alone": _sinks_alone,
+    "prefix": _prefix,
+    "prefix reduced": _prefix_reduced,
     "everything": _everything,
 }
 

@@ -49,6 +49,11 @@ def visible_pairs(queries: int, keys: int, batch: int, keywords: dict[str, Any])
 
 def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     """The truth for arrays [B, H, S, D] of any float dtype, as they are after rounding to it."""
+    keys = k.shape[2]
+    first, _ = keywords.get("prefix", (k[:, :, :0], None))
+    before = first.shape[2]
+    if before:  # keys and values more, which all see and no term knows
+        k, v = (np.concatenate(pair, axis=2) for pair in zip(keywords["prefix"], (k, v), strict=True))
     q, k, v, dout, dlse = (np.asarray(x).astype(np.float64) for x in (q, k, v, dout, dlse))
     group = q.shape[1] // k.shape[1]
     k_full, v_full = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
@@ -56,14 +61,15 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     raw = np.einsum("bhsd,bhtd->bhst", q, k_full) * scale
     cap = keywords.get("softcap")
-    scores = raw if cap is None else cap * np.tanh(raw / cap)
+    scores = raw.copy() if cap is None else cap * np.tanh(raw / cap)
     slope = np.ones_like(raw) if cap is None else 1 / np.cosh(raw / cap) ** 2
     bias = keywords.get("bias")
     if bias is not None:
-        scores = scores + np.asarray(bias).astype(np.float64)
-    seen = np.broadcast_to(visible_pairs(q.shape[2], k.shape[2], q.shape[0], keywords)[:, None], raw.shape)
+        scores[..., before:] += np.asarray(bias).astype(np.float64)
+    seen = np.ones(raw.shape, bool)
+    seen[..., before:] = visible_pairs(q.shape[2], keys, q.shape[0], keywords)[:, None]
     if keywords.get("mask") is not None:
-        seen = seen & np.asarray(keywords["mask"])
+        seen[..., before:] &= np.asarray(keywords["mask"])
     seen = seen & ~np.isneginf(scores)
     scores = np.where(seen, scores, -np.inf)
     # A sink is one more key, which all of its head see, and whose value is 0.
@@ -87,13 +93,16 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     weights, dscores, seen, v_full = weights[..., :-1], dscores[..., :-1], seen[..., :-1], v_full[:, :, :-1]
     draw = np.where(seen, dscores * slope * scale, 0.0)
     fold = (q.shape[0], k.shape[1], group)
-    gradients = {
+    gradients: dict[str, np.ndarray] = {
         "q": draw @ k_full,
         "k": (np.swapaxes(draw, -1, -2) @ q).reshape(*fold, *k.shape[2:]).sum(2),
         "v": (np.swapaxes(weights, -1, -2) @ dout).reshape(*fold, *v.shape[2:]).sum(2),
     }
+    for name in ("k", "v"):
+        gradients[f"prefix_{name}"], gradients[name] = np.split(gradients[name], [before], axis=2)
     if keywords.get("sinks") is not None:
         gradients["sinks"] = dsinks
+    dscores = dscores[..., before:]
     if bias is not None:
         shape = np.shape(bias)
         padded = (1,) * (4 - len(shape)) + shape

@@ -47,7 +47,8 @@ def test_out_and_lse_equal_dense_attention(attend, case):
 
 def test_gradients_equal_dense_attention(attend, case):
     arrays, keywords = draw(case)
-    wrt = ("q", "k", "v", *(name for name in ("bias", "sinks") if name in keywords))
+    given = [name for name in ("bias", "sinks", "prefix_k", "prefix_v") if name.partition("_")[0] in keywords]
+    wrt = ("q", "k", "v", *given)
     result = attend(arrays, keywords, layouts_for(case), case.size, case.axes, wrt)
     if result is None:
         return

@@ -20,7 +20,7 @@ def test_a_call_remembers_what_it_found_out(monkeypatch):
     monkeypatch.setattr(Call, "choose", lambda self, *arrays: chosen.append(1) or choose(self, *arrays))
     call = Call("ring_attention", **KEYWORDS)
     for _ in range(3):
-        call.prepare(q, q, q, None, None).forward()
+        call.prepare(ringcore.Inputs(q, q, q)).forward()
     assert len(chosen) == 1
 
 

@@ -234,14 +234,69 @@ MUTANTS = (
         "sink counted per hop",
         "ringcore/work.py",
         """        \"\"\"Merge the tiles into the state of q's rows.\"\"\"
-        k, v = block
 """,
-        """        k, v = block
+        """        k, _ = block
         if self.sinks is not None and self.state is not None and tiles:
             self.state.total[...] += namespace(k).exp(self.sinks[:, None] - self.state.maximum)
 """,
         RING,
         "out_and_lse and sinks",
+    ),
+    Mutant(
+        "replicated keys counted at every hop",
+        "ringcore/work.py",
+        """        self._visit(block, tiles, self.bias, self.mask)
+        return ()
+""",
+        """        self._visit(block, tiles, self.bias, self.mask)
+        self.complete()
+        return ()
+""",
+        RING,
+        "out_and_lse and prefix",
+    ),
+    Mutant(
+        "gradients of replicated keys of the first rank alone",
+        "ringcore/call.py",
+        "sums = {name: add_all(shares[name])",
+        "sums = {name: add_all(shares[name][:1])",
+        RING,
+        "gradients and prefix",
+    ),
+    Mutant(
+        "mask laid on replicated keys",
+        "ringcore/work.py",
+        "self._visit(self.prefix, self.prefix_tiles(), None, None)",
+        "self._visit(self.prefix, self.prefix_tiles(), self.bias, self.mask)",
+        RING,
+        "out_and_lse and prefix_reduced",
+        error="ValueError",
+    ),
+    Mutant(
+        "prefix left out of the gradient of q",
+        "ringcore/work.py",
+        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, None, None, None)\n",
+        "            without = None if self.dq is None else self.dq + 0\n"
+        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, None, None, None)\n"
+        "            self.dq = without\n",
+        RING,
+        "gradients and prefix",
+    ),
+    Mutant(
+        "sums over ranks in the order in which they came",
+        "ringcore/replicated.py",
+        "sorted(range(self._size), key=lambda hop: (self._rank - hop) % self._size)",
+        "range(self._size)",
+        "tests/test_sum_over_ranks.py",
+        "equal",
+    ),
+    Mutant(
+        "sums over ranks of what later visitors overwrote",
+        "ringcore/replicated.py",
+        "namespace(x).asarray(x, copy=True)",
+        "x",
+        "tests/test_sum_over_ranks.py",
+        "overwritten",
     ),
     Mutant(
         "sinks seen by the forward pass alone",

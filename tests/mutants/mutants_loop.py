@@ -16,12 +16,11 @@ _BACKWARD = """\
         return forward.kernels.backward(
             self.dout[rows], forward.q[rows], k[keys], v[keys],
             self.maximum[rows], self.total[rows], None if self.delta is None else self.delta[rows],
-            score=forward.score, tile=tile, into=into, **_terms(forward.bias, forward.mask, tile),
+            score=forward.score, tile=tile, into=into, **terms,
             **{name: None if x is None else x[rows] for name, x in self.rows.items()},
         )  # fmt: skip
 """
 _LOCAL = """\
-        terms = _terms(forward.bias, forward.mask, tile)
         here = forward.kernels.forward(forward.q[rows], k[keys], v[keys], score=forward.score, tile=tile, **terms)
 """
 FUSED = "tests/test_probation.py"
@@ -79,8 +78,8 @@ MUTANTS = (
     Mutant(
         "stale K, V in backward",
         "ringcore/work.py",
-        "        k, v = block\n        forward, wanted = self.forward, self.wanted\n",
-        "        forward, wanted = self.forward, self.wanted\n        k, v = forward.visiting()\n",
+        "        k, v = block\n        dk, dv = (_zeros(x)",
+        "        k, v = block if block is self.forward.prefix else self.forward.visiting()\n        dk, dv = (_zeros(x)",
         PRECISION,
         "within_their_bounds and plain-float64-3",
     ),
@@ -185,8 +184,8 @@ MUTANTS = (
     Mutant(
         "dK, dV returned one rank off: result",
         "ringcore/call.py",
-        "shares[name] = [blocks[place] for blocks in carried if blocks is not None]",
-        "shares[name] = [blocks[place] for blocks in [*carried[1:], carried[0]] if blocks is not None]",
+        "split_parts[name] = [blocks[place] for blocks in carried if blocks is not None]",
+        "split_parts[name] = [blocks[place] for blocks in [*carried[1:], carried[0]] if blocks is not None]",
         PRECISION,
         "within_their_bounds and plain-float64-3",
     ),
@@ -209,16 +208,16 @@ MUTANTS = (
     Mutant(
         "gradient dtype hard-coded",
         "ringcore/call.py",
-        "[xp.astype(part, like.dtype, copy=False) for part in parts]",
-        "[xp.astype(part, xp.float32, copy=False) for part in parts]",
+        "xp.astype(gradient, like.dtype, copy=False)",
+        "xp.astype(gradient, xp.float32, copy=False)",
         RING,
         "gradients and plain",
     ),
     Mutant(
         "gradient left in the accumulation dtype",
         "ringcore/call.py",
-        "[xp.astype(part, like.dtype, copy=False) for part in parts]",
-        "list(parts)",
+        "xp.astype(gradient, like.dtype, copy=False)",
+        "gradient",
         PRECISION,
         "half_types_are_rounded_once",
     ),
@@ -233,24 +232,24 @@ MUTANTS = (
     Mutant(
         "gradients in the order of the function, not of wrt",
         "ringcore/call.py",
-        "return tuple(gradients[name] for name in wrt)",
-        'return tuple(gradients[name] for name in ("q", "k", "v", "bias") if name in gradients)',
+        "for name in wrt)\n\n    def _of_replicated",
+        "for name in GRADIENTS if name in wrt)\n\n    def _of_replicated",
         "tests/test_refusals.py",
         "wrt_is_read",
     ),
     Mutant(
         "gradient of a shared bias of one rank alone",
-        "ringcore/session.py",
-        "return xp.sum(xp.stack(list(parts)), axis=0)",
-        "return parts[0]",
+        "ringcore/replicated.py",
+        "        total = total + part\n",
+        "        pass\n",
         RING,
         "gradients and row_bias",
     ),
     Mutant(
         "send buffer overwritten in flight: accumulators",
         "ringcore/work.py",
-        '        dk = _zeros(k) if "k" in wanted else None\n',
-        '        dk = self.__dict__.setdefault(f"dk of {len(tiles)} tiles {k.shape}", _zeros(k))\n'
+        "        dk, dv = (_zeros(x) if want else None for x, want in zip(block, wanted, strict=True))\n",
+        "        dk, dv = self.__dict__.setdefault(f'of {len(tiles)} tiles {k.shape}', [_zeros(x) for x in block])\n"
         "        dk[...] = 0\n",
         RING,
         "gradients and plain",

@@ -86,6 +86,33 @@ def test_gradients_of_sinks(kernels, size):
     assert gradcheck(attend, (*draw(), finite))
 
 
+@pytest.mark.parametrize("axes", ["bhsd", "bshd"])
+@pytest.mark.parametrize(("kernels", "size"), [(None, 1), (None, 3), ("reference", 2)])
+def test_gradients_of_a_prefix(kernels, size, axes):
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = draw()
+    prefix = [
+        torch.randn((*x.shape[:2], 3, x.shape[3]), generator=generator, dtype=x.dtype).requires_grad_() for x in (k, v)
+    ]
+
+    def attend(*arrays):
+        q, k, v, *prefix = (x if axes == "bhsd" else x.transpose(1, 2) for x in arrays)
+        keywords = {"causal": True, "layout": "zigzag", "ring_size": size, "kernels": kernels, "axes": axes}
+        return ringcore.ring_attention(q, k, v, prefix=tuple(prefix), return_lse=True, **keywords)
+
+    assert gradcheck(attend, (q, k, v, *prefix))
+
+
+def test_autocast_casts_a_prefix_too():
+    arrays = [torch.randn(1, 2, 8, 4) for _ in range(3)]
+    prefix = tuple(torch.randn(1, 2, 3, 4) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ringcore.ring_attention(*arrays, prefix=prefix)
+    assert out.dtype == torch.bfloat16
+    due = ringcore.ring_attention(*(x.bfloat16() for x in arrays), prefix=tuple(x.bfloat16() for x in prefix))
+    assert torch.equal(out, due)
+
+
 def test_only_what_requires_grad_gets_one():
     q, k, v = draw()
     for wanted in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
@@ -292,7 +319,8 @@ def test_the_operators_obey_torchs_rules():
     )  # fmt: skip
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in draw())
     sinks = torch.zeros(q.shape[2], dtype=q.dtype, requires_grad=True)
-    torch.library.opcheck(torch.ops.ringcore.attend.default, (q, k, v, None, sinks, None, keywords))
+    prefix = [x[:, :2].detach().requires_grad_() for x in (k, v)]
+    torch.library.opcheck(torch.ops.ringcore.attend.default, (q, k, v, None, None, sinks, *prefix, keywords))
 
 
 def test_the_same_call_gives_the_same_bits():
