@@ -93,6 +93,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "documents": _documents_note(arguments.documents),
         "sinks": "no sinks" if arguments.sinks is None else "sinks",
         "prefix": "no prefix" if arguments.prefix_k is None else f"{arguments.prefix_k.shape[2]} keys",
+        "mask of positions": _function_note(arguments.mask_of),
         "reduce_replicated": arguments.reduce_replicated,
         "layout of q": _layout_note(arguments.q_layout),
         "layout of k and v": _layout_note(arguments.k_layout),
@@ -116,6 +117,11 @@ def _documents_note(documents: Documents | None) -> str:
         return "no documents"
     digest = hashlib.sha256(repr(documents.runs).encode()).hexdigest()[:16]
     return f"{len(documents.runs[0])} of {documents.length} positions {digest}"
+
+
+def _function_note(function: Any) -> str:
+    """All that can be compared of a function: its name."""
+    return "none" if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _layout_note(layout: str | Layout) -> str:

@@ -11,6 +11,7 @@ from ringcore.call import Call, check_output_gradients
 from ringcore.discovery import autograd_adapter
 from ringcore.errors import KeywordError
 from ringcore.layout import Layout
+from ringcore.positions import Mask
 from ringcore.protocols import Kernels
 from ringcore.values import Array
 
@@ -35,7 +36,7 @@ def ring_attention(
     scale: float | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
-    mask: Array | None = None,
+    mask: Array | Mask | None = None,
     query_offset: int | Sequence[int] = 0,
     key_lengths: Sequence[int] | None = None,
     documents: Any = None,
@@ -70,7 +71,11 @@ def ring_attention(
         scale: what q.k is multiplied by; 1 / sqrt(D) if None.
         softcap: scores become softcap * tanh(score / softcap), before bias and mask.
         bias: added to the scores; broadcasts to [B, H, S, N], N all keys in global order. -inf hides a key.
-        mask: bool, True = may attend; broadcasts likewise. With ``ring``, bias and mask hold this rank's rows.
+        mask: bool, True = may attend; broadcasts likewise. With ``ring``, bias and mask hold this rank's rows. Or a
+            function ``mask(q_positions, k_positions)`` of integer arrays [s, 1] and [1, t] in q's library, which
+            answers for blocks of pairs with what broadcasts to [B, H, s, t], the same each time and on every rank. If
+            it has ``interval(q_range, k_range)``, that says True or False of ranges of positions where it shows all
+            pairs or none, so that it is not asked for them, and None elsewhere.
         query_offset: the position of q's first row, one for all or one per batch entry.
         key_lengths: for each batch entry how many keys exist; those from there on are hidden.
         documents: for each key's position the document that it is of, integers [N] or [B, N] on the host: a query
@@ -93,7 +98,7 @@ def ring_attention(
         "ring": ring, "ring_size": ring_size, "causal": causal, "window": window, "scale": scale, "softcap": softcap,
         "query_offset": query_offset, "key_lengths": key_lengths, "documents": documents, "cu_seqlens": cu_seqlens,
         "layout": layout, "q_layout": q_layout, "k_layout": k_layout, "axes": axes, "kernels": kernels,
-        "reduce_replicated": reduce_replicated,
+        "reduce_replicated": reduce_replicated, "mask_of": mask if callable(mask) else None,
     }  # fmt: skip
     inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
     adapter = autograd_adapter(type(q))
@@ -129,7 +134,7 @@ def ring_attention_vjp(
     scale: float | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
-    mask: Array | None = None,
+    mask: Array | Mask | None = None,
     query_offset: int | Sequence[int] = 0,
     key_lengths: Sequence[int] | None = None,
     documents: Any = None,
@@ -157,7 +162,7 @@ def ring_attention_vjp(
         "ring_attention_vjp", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale,
         softcap=softcap, query_offset=query_offset, key_lengths=key_lengths, documents=documents,
         cu_seqlens=cu_seqlens, layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        reduce_replicated=reduce_replicated, gradient=True, wrt=wrt,
+        reduce_replicated=reduce_replicated, mask_of=mask if callable(mask) else None, gradient=True, wrt=wrt,
     )  # fmt: skip
     inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
     prepared = call.prepare(inputs, lambda _: check_detached(**inputs._asdict()))

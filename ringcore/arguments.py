@@ -15,7 +15,8 @@ from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, U
 from ringcore.integers import integers_of_entries, is_integer
 from ringcore.layout import Layout, check_layout_name
 from ringcore.partial import FLOATING, accumulation_dtype, dtype_name
-from ringcore.values import Array, Score, namespace
+from ringcore.positions import Mask, shown
+from ringcore.values import Array, Score, Tile, namespace
 
 AXES = ("bhsd", "bshd")
 
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, q: Array, k: Array, v: Array, bias: Any, mask: Any, sinks: Any, prefix: Any) -> Inputs:
         """The arrays with those of ``prefix``; what is no pair is left for the checks, where the other ranks hear."""
+        mask = None if callable(mask) else mask  # a function of positions is a keyword
         pair = prefix if isinstance(prefix, Sequence) and len(prefix) == 2 else (prefix, None)
         return cls(q, k, v, bias, mask, sinks, *pair)
 
@@ -44,7 +46,7 @@ class Arguments:
     """One rank's arguments: arrays as [B, H, S, D], bias and mask with four axes, keywords in full.
 
     bias_shape is as it came. sinks [H]; prefix_k and prefix_v [B, Hk, P, ...]. offsets has one entry per batch entry;
-    key_lengths too, or is None for "all keys".
+    key_lengths too, or is None for "all keys". mask_of is a mask as a function of positions.
     """
 
     q: Array
@@ -66,6 +68,7 @@ class Arguments:
     k_layout: str | Layout
     axes: str
     reduce_replicated: bool
+    mask_of: Mask | None
 
     @property
     def dtype(self) -> str:
@@ -76,7 +79,8 @@ class Arguments:
     def needs(self) -> frozenset[str]:
         """What kernels must be able to do for the forward pass, as `Capabilities` names it."""
         terms = {
-            "bias": self.bias, "mask": self.mask, "softcap": self.score.softcap, "window": self.window[0],
+            "bias": self.bias, "mask": self.mask if self.mask_of is None else self.mask_of,
+            "softcap": self.score.softcap, "window": self.window[0],
         }  # fmt: skip
         return frozenset(name for name, term in terms.items() if term is not None)
 
@@ -94,7 +98,7 @@ def check_arguments(
     inputs: Inputs, *, causal: bool, window: Any, scale: float | None, softcap: float | None, query_offset: Any,
     key_lengths: Any, documents: Any = None, cu_seqlens: Any = None, layout: str | Layout,
     q_layout: str | Layout | None = None, k_layout: str | Layout | None = None, axes: str,
-    reduce_replicated: bool = False,
+    reduce_replicated: bool = False, mask_of: Mask | None = None,
 ) -> Arguments:  # fmt: skip
     """The arguments in full, or the first error among them. Lengths across ranks are checked later."""
     if not isinstance(axes, str) or axes not in AXES:
@@ -117,19 +121,23 @@ def check_arguments(
             f"sinks has shape {tuple(sinks.shape)}; it must hold one score for each of q's {q.shape[1]} heads, [H]."
         )
     batch = q.shape[0]
+    offsets = tuple(integers_of_entries("query_offset", query_offset, batch, one_for_all=True))
+    if mask_of is not None:
+        _try_mask(mask_of, q, swap_axes(inputs.k, axes), offsets)
     return Arguments(
         **_put_in_order(inputs, axes)._asdict(),
         bias_shape=() if bias is None else tuple(bias.shape),
         score=Score(_scale(scale, q), _softcap(softcap, q)),
         causal=bool(causal),
         window=check_window(window, bool(causal)),
-        offsets=tuple(integers_of_entries("query_offset", query_offset, batch, one_for_all=True)),
+        offsets=offsets,
         key_lengths=None if key_lengths is None else _key_lengths(key_lengths, batch),
         documents=_checked_documents(read_documents(documents, cu_seqlens), batch),
         q_layout=layout if q_layout is None else q_layout,
         k_layout=layout if k_layout is None else k_layout,
         axes=axes,
         reduce_replicated=bool(reduce_replicated),
+        mask_of=mask_of,
     )  # fmt: skip
 
 
@@ -286,6 +294,16 @@ def _check_prefix(inputs: Inputs, axes: str) -> None:
                 f"the {name} of prefix has shape {tuple(x.shape)} as [B, H, P, D]; beside {name} {tuple(like.shape)} "
                 f"and a prefix of {length} keys it must be {due}."
             )
+
+
+def _try_mask(mask: Mask, q: Array, k: Array, offsets: tuple[int, ...]) -> None:
+    """Raise what the first positions show to be wrong with a mask's answers, before anything is sent."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    rows, columns = range(offsets[0], offsets[0] + min(queries, 2)) if offsets else range(0), range(min(keys, 3))
+    if rows and columns:
+        whole, some, other = (slice(0, n) for n in (batch, len(rows), len(columns)))
+        tile = Tile(whole, slice(0, heads), slice(0, k.shape[1]), some, other, (rows,), (columns,))
+        shown(mask, tile, q, batch, heads)
 
 
 def _check_term(name: str, term: Array | None, q: Array) -> None:

@@ -28,6 +28,7 @@ from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, T
 from ringcore.integers import is_integer
 from ringcore.layout import Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
+from ringcore.positions import Mask
 from ringcore.protocols import Kernels, Transport
 from ringcore.replicated import add_all
 from ringcore.session import LocalSession, ProcessSession, Session, split_term
@@ -68,6 +69,7 @@ class Call:
     q_layout: str | Layout | None = None
     k_layout: str | Layout | None = None
     reduce_replicated: bool = False
+    mask_of: Mask | None = None
     gradient: bool = False
     wrt: Any = ()
     known: dict[Any, Known] | None = field(default=None, repr=False, compare=False)
@@ -171,7 +173,7 @@ class Call:
             inputs, causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap,
             query_offset=self.query_offset, key_lengths=self.key_lengths, documents=self.documents,
             cu_seqlens=self.cu_seqlens, layout=self.layout, q_layout=self.q_layout, k_layout=self.k_layout,
-            axes=self.axes, reduce_replicated=self.reduce_replicated,
+            axes=self.axes, reduce_replicated=self.reduce_replicated, mask_of=self.mask_of,
         )  # fmt: skip
         check_library = _library_check(arguments.q)
         if check_library is not None:
@@ -233,6 +235,8 @@ class Prepared:
         bias, sinks = (within_range(term, arguments.q) for term in (arguments.bias, arguments.sinks))
         terms = bias, arguments.mask
         biases, masks = (split_term(session, term, len(qs)) for term in terms)
+        if arguments.mask_of is not None:
+            masks = [arguments.mask_of] * len(qs)
         prefix = None if arguments.prefix_k is None else (arguments.prefix_k, arguments.prefix_v)
         arithmetic = find_arithmetic(arguments.q)
         self._works = [
@@ -284,22 +288,25 @@ class Prepared:
         gradients = self._of_replicated(shares)
         for name, parts in split_parts.items():
             layout = deal.k_layout if name in ("k", "v") else deal.q_layout
-            gradients[name] = session.join(parts, layout)
+            gradients[name] = session.join([self._in_dtype(name, part) for part in parts], layout)
         return tuple(self._as_it_came(name, gradients[name]) for name in wrt)
 
     def _of_replicated(self, shares: dict[str, list[Array]]) -> dict[str, Array]:
         """The gradients of what every rank has whole: of this process's ranks, or of all if that is asked for."""
         sums = {name: add_all(shares[name]) for name in sorted(shares)}
         if sums and self.arguments.reduce_replicated:
-            return dict(zip(sums, self.session.sum_over_ranks(tuple(sums.values())), strict=True))
-        return sums
+            sums = dict(zip(sums, self.session.sum_over_ranks(tuple(sums.values())), strict=True))
+        return {name: self._in_dtype(name, total) for name, total in sums.items()}
+
+    def _in_dtype(self, name: str, gradient: Array) -> Array:
+        """The gradient in the dtype of its input."""
+        xp, like = namespace(gradient), getattr(self.arguments, name)
+        return xp.astype(gradient, like.dtype, copy=False)
 
     def _as_it_came(self, name: str, gradient: Array) -> Array:
-        """The gradient in the dtype, shape and axes in which its input was given."""
-        xp, like = namespace(gradient), getattr(self.arguments, name)
-        gradient = xp.astype(gradient, like.dtype, copy=False)
+        """The gradient in the shape and axes in which its input was given."""
         if name == "bias":
-            return xp.reshape(gradient, self.arguments.bias_shape)
+            return namespace(gradient).reshape(gradient, self.arguments.bias_shape)
         return gradient if name == "sinks" else swap_axes(gradient, self.arguments.axes)
 
 

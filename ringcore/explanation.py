@@ -10,6 +10,7 @@ from ringcore.arguments import Inputs, check_flag
 from ringcore.call import Call
 from ringcore.discovery import find_transport
 from ringcore.layout import Layout
+from ringcore.positions import Mask
 from ringcore.protocols import Kernels, Transport
 from ringcore.values import Array
 
@@ -46,7 +47,7 @@ def explain(
     scale: float | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
-    mask: Array | None = None,
+    mask: Array | Mask | None = None,
     query_offset: int | Sequence[int] = 0,
     key_lengths: Sequence[int] | None = None,
     layout: str | Layout = "contiguous",
@@ -83,7 +84,7 @@ def explain(
         "explain", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
         query_offset=query_offset, key_lengths=key_lengths, documents=documents, cu_seqlens=cu_seqlens,
         layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        reduce_replicated=reduce_replicated, gradient=bool(wrt), wrt=wrt,
+        reduce_replicated=reduce_replicated, mask_of=mask if callable(mask) else None, gradient=bool(wrt), wrt=wrt,
     )  # fmt: skip
     arguments, chosen, passed = call.choose(inputs)
     where = f"local ring of {ring_size or 1} rank(s), all in this process"

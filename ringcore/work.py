@@ -12,17 +12,21 @@ from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
 from ringcore.merge import StandardArithmetic, empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
+from ringcore.positions import Mask, blocks, shown
 from ringcore.protocols import Arithmetic, Kernels
 from ringcore.values import Array, Band, Blocks, Gradients, Move, Score, Spec, Tile, namespace
 
 _STANDARD = StandardArithmetic()
+
+Terms = dict[str, Array | None]
+"""A tile's part of bias and of mask."""
 
 
 class ForwardWork:
     """q stays, (k, v) visit, the partial of q's rows accumulates here."""
 
     def __init__(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, sinks: Array | None = None,
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | Mask | None, sinks: Array | None = None,
         prefix: Blocks | None = None, *, score: Score, kernels: Kernels, lengths: Sequence[int],
         arithmetic: Arithmetic = _STANDARD,
     ) -> None:  # fmt: skip
@@ -50,13 +54,12 @@ class ForwardWork:
         self._visit(block, tiles, self.bias, self.mask)
         return ()
 
-    def _visit(self, block: Blocks, tiles: Sequence[Tile], bias: Array | None, mask: Array | None) -> None:
+    def _visit(self, block: Blocks, tiles: Sequence[Tile], bias: Array | None, mask: Array | Mask | None) -> None:
         k, v = block
-        for tile in self.pieces(tiles, mask):
+        for tile, terms in self.pieces(tiles, bias, mask):
             rows, whole = row_index(tile), _covers(self.q, tile)
             if not whole and self.state is None:
                 self.state = empty_partial(self.q, v.shape[-1])
-            terms = _terms(bias, mask, tile)
             if self.fused:
                 self._visit_fused(k, v, tile, terms)
                 continue
@@ -70,7 +73,7 @@ class ForwardWork:
                     new = zip(fields(state), fields(part), strict=True)
                     self.state = Partial(*(put(x, rows, value) for x, value in new))
 
-    def _visit_fused(self, k: Array, v: Array, tile: Tile, terms: dict[str, Array | None]) -> None:
+    def _visit_fused(self, k: Array, v: Array, tile: Tile, terms: Terms) -> None:
         """Merge what came before; the tile's own partial waits: the last one is merged as the sums are divided."""
         if self.state is not None and self.last is not None:
             self.state = self.arithmetic.merge_rows(self.state, *self.last)
@@ -86,10 +89,22 @@ class ForwardWork:
         """Whether the kernels know one tile alone."""
         return self.kernels.capabilities.fused
 
-    def pieces(self, tiles: Sequence[Tile], mask: Array | None) -> Iterator[Tile]:
-        """The tiles in the form that the kernels take."""
+    def pieces(
+        self, tiles: Sequence[Tile], bias: Array | None, mask: Array | Mask | None
+    ) -> Iterator[tuple[Tile, Terms]]:
+        """The tiles in the form that the kernels take, each with its part of bias and mask."""
         for tile in tiles:
-            yield from pieces(tile, self.kernels.capabilities, masked=mask is not None)
+            parts = blocks(tile, mask) if callable(mask) else [(tile, mask is not None)]
+            for part, masked in parts:
+                for piece in pieces(part, self.kernels.capabilities, masked=masked):
+                    yield piece, self._terms(bias, mask if masked else None, piece)
+
+    def _terms(self, bias: Array | None, mask: Array | Mask | None, tile: Tile) -> Terms:
+        if callable(mask):
+            mask = shown(mask, tile, self.q, *self.q.shape[:2])
+        elif mask is not None:
+            mask = mask[term_index(mask, tile)]
+        return {"bias": None if bias is None else bias[term_index(bias, tile)], "mask": mask}
 
     def prefix_tiles(self) -> tuple[Tile, ...]:
         """All of q's rows and all keys of the prefix, at positions before the first."""
@@ -99,9 +114,7 @@ class ForwardWork:
         batch, heads, key_heads, whole, columns = (slice(0, n, 1) for n in (batch, heads, key_heads, rows, keys))
         return (Tile(batch, heads, key_heads, whole, columns, (range(rows),), (range(-keys, 0),), Band()),)
 
-    def _forward(
-        self, k: Array, v: Array, tile: Tile, terms: dict[str, Array | None], **state: Partial | None
-    ) -> Partial:
+    def _forward(self, k: Array, v: Array, tile: Tile, terms: Terms, **state: Partial | None) -> Partial:
         rows, keys = row_index(tile), key_index(tile)
         return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
 
@@ -177,19 +190,19 @@ class BackwardWork:
         )
 
     def _visit(
-        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None, mask: Array | None,
-        dbias: Array | None,
+        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None,
+        mask: Array | Mask | None, dbias: Array | None,
     ) -> Blocks:  # fmt: skip
         """Add to dq and, if it is given, dbias; dk and dv of the block, if they are wanted."""
         k, v = block
         dk, dv = (_zeros(x) if want else None for x, want in zip(block, wanted, strict=True))
-        for tile in self.forward.pieces(tiles, mask):
+        for tile, terms in self.forward.pieces(tiles, bias, mask):
             rows, keys = row_index(tile), key_index(tile)
             bias_index = () if dbias is None else term_index(dbias, tile)
             places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
             places = (self.dq, rows), (dk, keys), (dv, keys), (dbias, bias_index)
             into = Gradients(*(None if x is None else x[index] for x, index in places))
-            gained = self._backward(k, v, tile, into, _terms(bias, mask, tile))
+            gained = self._backward(k, v, tile, into, terms)
             if gained is not into:
                 new = gained.dq, gained.dk, gained.dv, gained.dbias
                 self.dq, dk, dv, dbias = (
@@ -200,19 +213,19 @@ class BackwardWork:
         return tuple(x for x in (dk, dv) if x is not None)
 
     def _visit_fused(
-        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None, mask: Array | None,
-        dbias: Array | None,
+        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None,
+        mask: Array | Mask | None, dbias: Array | None,
     ) -> list[Sum]:  # fmt: skip
         """Add the gradients that the kernels return, as `_visit`."""
         k, v = block
         dq, dk, dv = self.sum, Sum(k), Sum(v)
-        for tile in self.forward.pieces(tiles, mask):
+        for tile, terms in self.forward.pieces(tiles, bias, mask):
             for total in (dq, dk, dv):
                 total.settle()
             rows, keys = row_index(tile), key_index(tile)
             bias_index = () if dbias is None else term_index(dbias, tile)
             into = Gradients(dbias=None if dbias is None else dbias[bias_index])
-            gained = self._backward(k, v, tile, into, _terms(bias, mask, tile))
+            gained = self._backward(k, v, tile, into, terms)
             if dbias is not None and gained.dbias is not into.dbias:
                 self.dbias = dbias = put(dbias, bias_index, gained.dbias)
             wants = "q" in self.wanted, *wanted
@@ -325,11 +338,6 @@ def _block_spec(x: Array, dtype: Any, lengths: Sequence[int], move: Move) -> Spe
 def _covers(x: Array, tile: Tile) -> bool:
     wanted = tile.batch, tile.q_heads, tile.rows
     return all(range(length)[part] == range(length) for length, part in zip(x.shape[:3], wanted, strict=True))
-
-
-def _terms(bias: Array | None, mask: Array | None, tile: Tile) -> dict[str, Array | None]:
-    terms = {"bias": bias, "mask": mask}
-    return {name: None if term is None else term[term_index(term, tile)] for name, term in terms.items()}
 
 
 def _partial_of_sinks(sinks: Array, q: Array, width: int) -> Partial:

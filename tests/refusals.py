@@ -100,6 +100,16 @@ WRONG = {
     "documents twice": ({"documents": [0] * LENGTH, "cu_seqlens": [0, LENGTH]}, KeywordError, "came together"),
     "sinks of another length": ({"sinks": np.zeros(3)}, ShapeError, "sinks has shape (3,)"),
     "sinks of integers": ({"sinks": np.zeros(4, int)}, DtypeError, "sinks holds int64"),
+    "mask of positions of numbers": (
+        {"mask": lambda _: lambda i, j: i - j},
+        DtypeError,
+        "a function of positions, gave int64",
+    ),
+    "mask of positions of a shape": (
+        {"mask": lambda _: lambda i, j: (i == i) & (j[:, :1] == j[:, :2])},
+        ShapeError,
+        "a function of positions, gave shape",
+    ),
     "prefix of one array": ({"prefix": np.zeros((2, 2, 3, 6))}, KeywordError, "prefix must hold two arrays"),
     "prefix of another width": ({"prefix": (np.zeros((2, 2, 3, 5)),) * 2}, ShapeError, "the k of prefix has shape"),
     "reduce_replicated": ({"reduce_replicated": "yes"}, KeywordError, "reduce_replicated is 'yes'"),
@@ -142,4 +152,5 @@ def disagreed(size):
         "dtype": (dict.fromkeys("qkv", lambda x: x.astype("float32")), "dtype"),
         "bias": ({"bias": np.zeros((1, LENGTH))}, "bias columns"),
         "mask": ({"mask": np.ones((1, LENGTH), bool)}, "mask columns"),
+        "mask of positions": ({"mask": lambda _: lambda i, j: i >= j}, "mask of positions"),
     }

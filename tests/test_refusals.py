@@ -57,6 +57,10 @@ SHAPES = {
     "sinks of key heads": ({"sinks": np.zeros(2)}, ["sinks has shape (2,)", "each of q's 4 heads, [H]"]),
     "sinks of two axes": ({"sinks": np.zeros((2, 4))}, ["sinks has shape (2, 4)", "[H]"]),
     "mask of no axes": ({"mask": np.True_}, ["mask has 0 axes", "two to four"]),
+    "mask of positions of rows": (
+        {"mask": lambda i, j: (i == i) & (j[:, :1] == j[:, :2])},
+        ["mask, a function of positions, gave shape (2, 2)", "2 queries and 3 keys", "[B, H, s, t], (2, 4, 2, 3)"],
+    ),
     "prefix of three axes": ({"prefix": (K[0], V)}, ["prefix_k has 3 axes", "[B, H, S, D]"]),
     "prefix of query heads": (
         {"prefix": (np.zeros((2, 4, 3, 4)), np.zeros((2, 4, 3, 3)))},
@@ -93,7 +97,14 @@ DTYPES = {
     "sinks list": ({"sinks": [0.0] * 4}, ["sinks is a list", "an array"]),
     "sinks integers": ({"sinks": np.zeros(4, int)}, ["sinks holds int64", "a score for each head", "float32"]),
     "mask list": ({"mask": [[True]]}, ["mask is a list", "an array"]),
-    "mask function": ({"mask": lambda i, j: i >= j}, ["mask is a function", "an array"]),
+    "mask of positions of numbers": (
+        {"mask": lambda i, j: i - j},
+        ["mask, a function of positions, gave int64", "it must give bool"],
+    ),
+    "mask of positions of no array": (
+        {"mask": lambda i, j: True},
+        ["mask, a function of positions, gave a bool", "an array of the library of its positions"],
+    ),
     "mask integers": (
         {"mask": np.ones((6, 6), int)},
         ["mask holds int64", "must be bool, True = may attend", "use bias"],

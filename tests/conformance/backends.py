@@ -206,7 +206,7 @@ class ProcessRing:
         local = dict(keywords)
         for name in ("bias", "mask"):
             term = local.get(name)
-            if term is not None and term.ndim >= 2 and term.shape[-2] not in (1,):
+            if isinstance(term, np.ndarray) and term.ndim >= 2 and term.shape[-2] not in (1,):
                 local[name] = ringcore.shard(term, dealt[0], group.rank, size, axis=term.ndim - 2)
         result = _call(self.backend, mine, local, axes, wrt, ring=group.ring, **layouts)
         return self._joined(result, group, dealt, keywords)

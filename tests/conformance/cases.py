@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+import array_api_compat
 import ml_dtypes
 import numpy as np
 
@@ -120,6 +121,41 @@ def _prefix_reduced(rng, shape, dtype):
     }  # fmt: skip
 
 
+def _coins(q_positions, k_positions):
+    return (q_positions * 7 + k_positions * 3) % 5 != 0
+
+
+def _of_heads(q_positions, k_positions):
+    # The first head sees even distances, the second odd ones, and so on.
+    xp = array_api_compat.array_namespace(q_positions)
+    heads = xp.arange(4, dtype=xp.int64, device=array_api_compat.device(q_positions))[:, None, None]
+    return (q_positions - k_positions + heads) % 2 == 0
+
+
+class PrefixLm:
+    """The first keys are seen by all queries, the others causally."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, q_positions, k_positions):
+        return (k_positions <= q_positions) | (k_positions < self.length)
+
+    def interval(self, q_range, k_range):
+        """True where all pairs are seen, False where none is."""
+        if max(k_range) < self.length or max(k_range) <= min(q_range):
+            return True
+        return False if min(k_range) >= self.length and min(k_range) > max(q_range) else None
+
+
+def _mask_of_positions(rng, shape, dtype):
+    return {"mask": _coins if shape.heads < 4 else _of_heads, "window": (9, 5)}
+
+
+def _prefix_lm(rng, shape, dtype):
+    return {"mask": PrefixLm(shape.keys // 3), "query_offset": shape.keys - shape.queries}
+
+
 def _everything(rng, shape, dtype):
     return {
         "causal": True,
@@ -169,6 +205,8 @@ FEATURES: dict[str, Feature] = {
     "sinks alone": _sinks_alone,
     "prefix": _prefix,
     "prefix reduced": _prefix_reduced,
+    "mask of positions": _mask_of_positions,
+    "prefix LM": _prefix_lm,
     "everything": _everything,
 }
 

@@ -68,8 +68,12 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
         scores[..., before:] += np.asarray(bias).astype(np.float64)
     seen = np.ones(raw.shape, bool)
     seen[..., before:] = visible_pairs(q.shape[2], keys, q.shape[0], keywords)[:, None]
-    if keywords.get("mask") is not None:
-        seen[..., before:] &= np.asarray(keywords["mask"])
+    mask = keywords.get("mask")
+    if callable(mask):
+        rows = np.arange(q.shape[2]) + keywords.get("query_offset", 0)
+        mask = mask(rows[:, None], np.arange(keys)[None, :])
+    if mask is not None:
+        seen[..., before:] &= np.asarray(mask)
     seen = seen & ~np.isneginf(scores)
     scores = np.where(seen, scores, -np.inf)
     # A sink is one more key, which all of its head see, and whose value is 0.

@@ -1,0 +1,101 @@
+"""Masks asked by positions: every visible pair is in one block, and blocks that an interval settles are not asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ringcore import positions
+from ringcore.values import Band, Tile
+
+BANDS = [Band(), Band(None, 0), Band(-3, 2), Band(4, None), Band(-30, -5)]
+
+
+def tile_of(rows, columns, band):
+    sides = (slice(0, len(side)) for side in (rows, columns))
+    return Tile(slice(0, 1), slice(0, 2), slice(0, 1), *sides, (rows,), (columns,), band)
+
+
+class Asked:
+    """Even sums of positions, or by what ``settled`` says of a block: the blocks that were asked for are kept."""
+
+    def __init__(self, settled):
+        self.settled, self.pairs = settled, []
+
+    def interval(self, q_range, k_range):
+        return self.settled(q_range, k_range)
+
+    def __call__(self, q_positions, k_positions):
+        self.pairs += [(int(i), int(j)) for i in q_positions.ravel() for j in k_positions.ravel()]
+        return (q_positions + k_positions) % 2 == 0
+
+
+def pairs_of(tile, mask):
+    """How often each pair of positions is visible in the parts of a tile."""
+    found = {}
+    for part, asked in positions.blocks(tile, mask):
+        ((rows,), (columns,)) = part.row_positions, part.column_positions
+        assert (part.rows.stop - part.rows.start, part.columns.stop - part.columns.start) == (len(rows), len(columns))
+        answer = np.ones((1, 1, 1, 1), bool)
+        if asked:
+            answer = positions.shown(mask, part, np.zeros((1, 2, 1, 1)), 1, 2)
+        answer = np.broadcast_to(answer, (1, 1, len(rows), len(columns)))[0, 0]
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                inside = (part.band.lo is None or j - i >= part.band.lo) and (
+                    part.band.hi is None or j - i <= part.band.hi
+                )
+                if inside and answer[i, j]:
+                    found[row, column] = found.get((row, column), 0) + 1
+    return found
+
+
+def settled_by_thirds(q_range, k_range):
+    return [None, True, False][(q_range[0] // 4 + k_range[0] // 4) % 3]
+
+
+@pytest.mark.parametrize("settled", [lambda q, k: None, lambda q, k: True, settled_by_thirds])
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize(("rows", "columns"), [(range(5, 22), range(2, 21)), (range(1, 40, 3), range(0, 30, 3))])
+def test_each_visible_pair_is_in_one_block(monkeypatch, rows, columns, band, settled):
+    monkeypatch.setattr(positions, "_SIDE", 4)
+    tile, mask = tile_of(rows, columns, band), Asked(settled)
+    due = {}
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            if (band.lo is not None and j - i < band.lo) or (band.hi is not None and j - i > band.hi):
+                continue
+            block = rows[i - i % 4 : i - i % 4 + 4], columns[j - j % 4 : j - j % 4 + 4]
+            says = settled(*block)
+            if says or (says is None and (row + column) % 2 == 0):
+                due[row, column] = 1
+    assert pairs_of(tile, mask) == due
+
+
+def test_settled_blocks_are_not_asked_for_and_lie_together(monkeypatch):
+    monkeypatch.setattr(positions, "_SIDE", 4)
+    mask = Asked(lambda q_range, k_range: k_range[-1] < 12 or (None if k_range[0] < 16 else False))
+    parts = list(positions.blocks(tile_of(range(8), range(24), Band()), mask))
+    assert [(part.rows, part.columns, asked) for part, asked in parts] == [
+        (slice(0, 4, 1), slice(0, 12, 1), False), (slice(0, 4, 1), slice(12, 16, 1), True),
+        (slice(4, 8, 1), slice(0, 12, 1), False), (slice(4, 8, 1), slice(12, 16, 1), True),
+    ]  # fmt: skip
+    assert not mask.pairs
+
+
+def test_an_interval_may_answer_in_numpys_bool(monkeypatch):
+    monkeypatch.setattr(positions, "_SIDE", 4)
+    mask = Asked(lambda q_range, k_range: np.bool_(k_range[0] < 4))
+    assert [part.columns for part, _ in positions.blocks(tile_of(range(4), range(8), Band()), mask)] == [slice(0, 4, 1)]
+
+
+def test_an_answer_for_batch_entries_and_heads_is_cut_to_the_tile():
+    def mask(q_positions, k_positions):
+        answer = np.zeros((3, 4, q_positions.shape[0], k_positions.shape[1]), bool)
+        answer[1, 2:] = True
+        return answer
+
+    tile = Tile(slice(1, 2), slice(2, 4), slice(1, 2), slice(0, 2), slice(0, 3), (range(2),), (range(3),))
+    found = positions.shown(mask, tile, np.zeros((3, 4, 2, 1)), 3, 4)
+    assert found.shape == (1, 2, 2, 3)
+    assert found.all()
