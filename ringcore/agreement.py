@@ -92,6 +92,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "key_lengths": arguments.key_lengths,
         "documents": _documents_note(arguments.documents),
         "sinks": "no sinks" if arguments.sinks is None else "sinks",
+        "alibi": "no alibi" if arguments.alibi is None else "alibi",
         "prefix": "no prefix" if arguments.prefix_k is None else f"{arguments.prefix_k.shape[2]} keys",
         "mask of positions": _function_note(arguments.mask_of),
         "reduce_replicated": arguments.reduce_replicated,

@@ -43,6 +43,7 @@ def ring_attention(
     cu_seqlens: Any = None,
     sinks: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
+    alibi: Array | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
@@ -85,6 +86,8 @@ def ring_attention(
             in the sum of weights, and in lse. -inf is none.
         prefix: (k, v), keys and values [B, Hk, P, ...] that every rank has whole, in ``axes``; each counts once. Every
             query sees all of them, whatever the other keywords hide: bias and mask have no columns for them.
+        alibi: [H], a slope for each head: slope * |q's position - k's position| is taken off the scores, as a bias that
+            is made in blocks of a few million numbers. It has no gradient.
         layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions.
         q_layout, k_layout: the same for q (and out), and for k and v, where they differ.
         reduce_replicated: for Torch, whose autograd makes gradients: those of sinks, of prefix and of a bias with one
@@ -100,7 +103,7 @@ def ring_attention(
         "layout": layout, "q_layout": q_layout, "k_layout": k_layout, "axes": axes, "kernels": kernels,
         "reduce_replicated": reduce_replicated, "mask_of": mask if callable(mask) else None,
     }  # fmt: skip
-    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
+    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
     adapter = autograd_adapter(type(q))
     if adapter is not None:
         found = sys.modules[adapter].attend(inputs, return_lse=return_lse, **keywords)
@@ -141,6 +144,7 @@ def ring_attention_vjp(
     cu_seqlens: Any = None,
     sinks: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
+    alibi: Array | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
@@ -164,8 +168,8 @@ def ring_attention_vjp(
         cu_seqlens=cu_seqlens, layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
         reduce_replicated=reduce_replicated, mask_of=mask if callable(mask) else None, gradient=True, wrt=wrt,
     )  # fmt: skip
-    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
-    prepared = call.prepare(inputs, lambda _: check_detached(**inputs._asdict()))
+    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
+    prepared = call.prepare(inputs, lambda _: check_detached(**inputs._replace(alibi=None)._asdict()))
     result = prepared.forward(keep_wide=True)
     out, lse, names = swap_axes(result.out, axes), result.lse, tuple(wrt)
 

@@ -32,21 +32,24 @@ class Inputs(NamedTuple):
     sinks: Array | None = None
     prefix_k: Array | None = None
     prefix_v: Array | None = None
+    alibi: Array | None = None
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, bias: Any, mask: Any, sinks: Any, prefix: Any) -> Inputs:
+    def of(
+        cls, q: Array, k: Array, v: Array, bias: Any, mask: Any, sinks: Any, prefix: Any, alibi: Any
+    ) -> Inputs:  # fmt: skip
         """The arrays with those of ``prefix``; what is no pair is left for the checks, where the other ranks hear."""
         mask = None if callable(mask) else mask  # a function of positions is a keyword
-        pair = prefix if isinstance(prefix, Sequence) and len(prefix) == 2 else (prefix, None)
-        return cls(q, k, v, bias, mask, sinks, *pair)
+        prefix_k, prefix_v = prefix if isinstance(prefix, Sequence) and len(prefix) == 2 else (prefix, None)
+        return cls(q, k, v, bias, mask, sinks, prefix_k, prefix_v, alibi)
 
 
 @dataclass(frozen=True)
 class Arguments:
     """One rank's arguments: arrays as [B, H, S, D], bias and mask with four axes, keywords in full.
 
-    bias_shape is as it came. sinks [H]; prefix_k and prefix_v [B, Hk, P, ...]. offsets has one entry per batch entry;
-    key_lengths too, or is None for "all keys". mask_of is a mask as a function of positions.
+    bias_shape is as it came. sinks and alibi [H]; prefix_k and prefix_v [B, Hk, P, ...]. offsets has one entry per
+    batch entry; key_lengths too, or is None for "all keys". mask_of is a mask as a function of positions.
     """
 
     q: Array
@@ -58,6 +61,7 @@ class Arguments:
     sinks: Array | None
     prefix_k: Array | None
     prefix_v: Array | None
+    alibi: Array | None
     score: Score
     causal: bool
     window: tuple[int | None, int | None]
@@ -79,10 +83,10 @@ class Arguments:
     def needs(self) -> frozenset[str]:
         """What kernels must be able to do for the forward pass, as `Capabilities` names it."""
         terms = {
-            "bias": self.bias, "mask": self.mask if self.mask_of is None else self.mask_of,
-            "softcap": self.score.softcap, "window": self.window[0],
+            "bias": (self.bias, self.alibi), "mask": (self.mask, self.mask_of), "softcap": (self.score.softcap,),
+            "window": (self.window[0],),
         }  # fmt: skip
-        return frozenset(name for name, term in terms.items() if term is not None)
+        return frozenset(name for name, given in terms.items() if any(x is not None for x in given))
 
     def about(self, inputs: Inputs) -> Arguments:
         """The same keywords about other arrays as they came, which were checked or are like those that were."""
@@ -116,10 +120,13 @@ def check_arguments(
     bias, sinks, q = inputs.bias, inputs.sinks, swap_axes(inputs.q, axes)
     _check_term("bias", bias, q)
     _check_term("mask", inputs.mask, q)
-    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ShapeError(
-            f"sinks has shape {tuple(sinks.shape)}; it must hold one score for each of q's {q.shape[1]} heads, [H]."
-        )
+    for name, x, what in (("sinks", sinks, "score"), ("alibi", inputs.alibi, "slope")):
+        if x is not None and tuple(x.shape) != (q.shape[1],):
+            raise ShapeError(
+                f"{name} has shape {tuple(x.shape)}; it must hold one {what} for each of q's {q.shape[1]} heads, [H]."
+            )
+    if getattr(inputs.alibi, "requires_grad", False) is True:
+        raise UnsupportedError("alibi requires grad, but no gradient of its slopes is made. Give it detached.")
     batch = q.shape[0]
     offsets = tuple(integers_of_entries("query_offset", query_offset, batch, one_for_all=True))
     if mask_of is not None:
@@ -241,7 +248,8 @@ def _check_arrays(inputs: Inputs) -> None:
     devices = {name: str(array_api_compat.device(x)) for name, x in given.items()}
     if len(set(devices.values())) > 1:
         raise DeviceError(f"the arrays are on different devices ({_listed(devices)}). Move them to one first.")
-    dtypes = {name: dtype_name(x) for name, x in given.items() if name not in ("bias", "mask", "sinks")}
+    terms = "bias", "mask", "sinks", "alibi"
+    dtypes = {name: dtype_name(x) for name, x in given.items() if name not in terms}
     for name, dtype in dtypes.items():
         if dtype not in FLOATING:
             raise DtypeError(f"{name} holds {dtype}; attention is defined for {', '.join(FLOATING)}. Convert it first.")
@@ -251,7 +259,8 @@ def _check_arrays(inputs: Inputs) -> None:
         raise DtypeError(
             f"mask holds {dtype_name(mask)}; it must be bool, True = may attend. For added scores use bias."
         )
-    for name, what in (("bias", "added to the scores"), ("sinks", "a score for each head")):
+    floating = ("bias", "added to the scores"), ("sinks", "a score for each head"), ("alibi", "a slope for each head")
+    for name, what in floating:
         if name in given and dtype_name(given[name]) not in FLOATING:
             raise DtypeError(
                 f"{name} holds {dtype_name(given[name])}; it is {what} and must be one of {', '.join(FLOATING)}."

@@ -241,7 +241,7 @@ class Prepared:
         arithmetic = find_arithmetic(arguments.q)
         self._works = [
             ForwardWork(
-                *parts, sinks=sinks, prefix=prefix, score=arguments.score, kernels=kernels,
+                *parts, alibi=arguments.alibi, sinks=sinks, prefix=prefix, score=arguments.score, kernels=kernels,
                 lengths=deal.k_layout.lengths, arithmetic=arithmetic,
             )
             for parts in zip(qs, ks, vs, biases, masks, strict=True)

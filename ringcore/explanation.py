@@ -55,6 +55,7 @@ def explain(
     cu_seqlens: Any = None,
     sinks: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
+    alibi: Array | None = None,
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
     axes: str = "bhsd",
@@ -77,7 +78,7 @@ def explain(
     were asked for and cannot do the call.
     """
     check_flag("return_lse", return_lse)
-    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix)
+    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
     recorded = (name for name, x in inputs._asdict().items() if getattr(x, "requires_grad", False) is True)
     wrt = wrt or tuple(recorded)
     call = Call(

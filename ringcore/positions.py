@@ -1,8 +1,9 @@
-"""Masks that are asked by positions: which pairs of a tile they show, one block after the other."""
+"""Terms of positions, made for one block of a tile after the other: masks that are asked, and ALiBi."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import isqrt
 from typing import Any
 
 import array_api_compat
@@ -15,14 +16,20 @@ Mask = Callable[[Array, Array], Array]
 """``mask(q_positions, k_positions)``: for positions [s, 1] and [1, t] what a query may attend, see `shown`."""
 
 _SIDE = 1024  # rows and keys of a block
+_NUMBERS = 1 << 22  # of a block's ALiBi, over all heads
 
 
-def blocks(tile: Tile, mask: Mask) -> Iterator[tuple[Tile, bool]]:
+def blocks(tile: Tile, mask: Mask | None, heads: int = 1) -> Iterator[tuple[Tile, bool]]:
     """The parts of a tile, of one range of rows and one of columns, that may hold pairs that the mask shows.
 
     With each comes whether the mask must be asked for its pairs. ``mask.interval(q_positions, k_positions)``, if there
     is one, says True or False of two ranges of positions where it shows all of their pairs or none, and None elsewhere.
+    Without a mask all parts are shown. heads: for how many each part will have numbers of its own, if it is alone.
     """
+    if mask is None:
+        side = max(16, isqrt(_NUMBERS // heads))
+        yield from ((part, False) for part in _grid(tile, side) if part is not None)
+        return
     interval = getattr(mask, "interval", None)
     for rows in _spans(tile.height):
         whole: tuple[int, int] | None = None  # columns of blocks side by side that are shown wholly
@@ -63,6 +70,21 @@ def shown(mask: Mask, tile: Tile, like: Array, batch: int, heads: int) -> Array:
     return answer[*(slice(0, 1) if length == 1 else part for length, part in leading), ...]
 
 
+def alibi_of(slopes: Array, tile: Tile, dtype: Any) -> Array:
+    """-slope * |q position - k position| [1, H, s, t] of a tile of one range of rows and one of columns.
+
+    slopes: [H], of the whole call. Source: Press, Smith and Lewis 2021, arXiv:2108.12409, for both directions.
+    """
+    xp, device = namespace(slopes), array_api_compat.device(slopes)
+    ((rows,), (columns,)) = tile.row_positions, tile.column_positions
+    # Distances are made of integers, so that they are exact however far the positions are from 0.
+    i, j = (
+        xp.arange(places.start, places.stop, places.step, dtype=xp.int64, device=device) for places in (rows, columns)
+    )
+    distance = xp.astype(xp.abs(i[:, None] - j[None, :]), dtype)
+    return -(xp.astype(slopes[tile.q_heads], dtype)[None, :, None, None] * distance)
+
+
 def _check(answer: Any, like: Array, due: tuple[int, int, int, int]) -> None:
     if not array_api_compat.is_array_api_obj(answer) or namespace(answer) is not namespace(like):
         raise DtypeError(
@@ -86,6 +108,12 @@ def _check(answer: Any, like: Array, due: tuple[int, int, int, int]) -> None:
         )
 
 
+def _grid(tile: Tile, side: int) -> Iterator[Tile | None]:
+    for rows in _spans(tile.height, side):
+        for columns in _spans(tile.width, side):
+            yield _part(tile, rows, columns)
+
+
 def _shown_wholly(tile: Tile, rows: tuple[int, int], columns: tuple[int, int]) -> Iterator[tuple[Tile, bool]]:
     part = _part(tile, rows, columns)
     if part is not None:
@@ -99,6 +127,7 @@ def _part(tile: Tile, rows: tuple[int, int], columns: tuple[int, int]) -> Tile |
     return None if band == NOTHING else tile.part(rows, columns, band)
 
 
-def _spans(length: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, _SIDE):
-        yield start, min(length, start + _SIDE)
+def _spans(length: int, side: int | None = None) -> Iterator[tuple[int, int]]:
+    side = _SIDE if side is None else side
+    for start in range(0, length, side):
+        yield start, min(length, start + side)

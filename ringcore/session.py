@@ -189,7 +189,7 @@ def visibility_of(arguments: Arguments, queries: int, keys: int) -> Visibility:
         heads=arguments.q.shape[1],
         key_heads=arguments.k.shape[1],
         # A joined tile may hold several ranges of columns, which no slice of a bias or mask names.
-        joined=arguments.bias is None and arguments.mask is None and arguments.mask_of is None,
+        joined=all(x is None for x in (arguments.bias, arguments.mask, arguments.mask_of, arguments.alibi)),
         documents=None if arguments.documents is None else arguments.documents.of_entries(batch),
     )
 

@@ -66,10 +66,10 @@ class ReferenceKernels:
                 if dq is None and dk is None and dbias is None:
                     continue
                 dscores = block.score_gradient(weights, do, _grouped(delta[row_part], k.shape[1]))
-                if dbias is not None and bias is not None:
+                if dbias is not None:
                     part = tuple(
                         slice(0, 1) if length == 1 else slice(*span)
-                        for length, span in zip(bias.shape[2:], (rows, keys), strict=True)
+                        for length, span in zip(dbias.shape[2:], (rows, keys), strict=True)
                     )
                     dbias = add(dbias, (slice(None), slice(None), *part), _unbroadcast(_ungrouped(dscores), dbias))
                 dscores = block.raw_gradient(dscores)

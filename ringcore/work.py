@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import array_api_compat
 
@@ -12,7 +12,7 @@ from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
 from ringcore.merge import StandardArithmetic, empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
-from ringcore.positions import Mask, blocks, shown
+from ringcore.positions import Mask, alibi_of, blocks, shown
 from ringcore.protocols import Arithmetic, Kernels
 from ringcore.values import Array, Band, Blocks, Gradients, Move, Score, Spec, Tile, namespace
 
@@ -22,16 +22,27 @@ Terms = dict[str, Array | None]
 """A tile's part of bias and of mask."""
 
 
+class OnScores(NamedTuple):
+    """What changes scores by where they are: bias, mask (an array or a function of positions), slopes of ALiBi [H]."""
+
+    bias: Array | None = None
+    mask: Array | Mask | None = None
+    alibi: Array | None = None
+
+
+_NOTHING = OnScores()
+
+
 class ForwardWork:
     """q stays, (k, v) visit, the partial of q's rows accumulates here."""
 
     def __init__(
-        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | Mask | None, sinks: Array | None = None,
-        prefix: Blocks | None = None, *, score: Score, kernels: Kernels, lengths: Sequence[int],
-        arithmetic: Arithmetic = _STANDARD,
+        self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | Mask | None, alibi: Array | None = None,
+        sinks: Array | None = None, prefix: Blocks | None = None, *, score: Score, kernels: Kernels,
+        lengths: Sequence[int], arithmetic: Arithmetic = _STANDARD,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.sinks, self.prefix = q, k, v, sinks, prefix
-        self.bias, self.mask = bias, mask
+        self.on_scores = OnScores(bias, mask, alibi)
         self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
         # A sink is a key that every query of its head sees, without a value: the sums begin with it, once.
         self.state = None if sinks is None else _partial_of_sinks(sinks, q, v.shape[-1])
@@ -51,12 +62,12 @@ class ForwardWork:
 
     def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
         """Merge the tiles into the state of q's rows."""
-        self._visit(block, tiles, self.bias, self.mask)
+        self._visit(block, tiles, self.on_scores)
         return ()
 
-    def _visit(self, block: Blocks, tiles: Sequence[Tile], bias: Array | None, mask: Array | Mask | None) -> None:
+    def _visit(self, block: Blocks, tiles: Sequence[Tile], on_scores: OnScores) -> None:
         k, v = block
-        for tile, terms in self.pieces(tiles, bias, mask):
+        for tile, terms in self.pieces(tiles, on_scores):
             rows, whole = row_index(tile), _covers(self.q, tile)
             if not whole and self.state is None:
                 self.state = empty_partial(self.q, v.shape[-1])
@@ -89,22 +100,32 @@ class ForwardWork:
         """Whether the kernels know one tile alone."""
         return self.kernels.capabilities.fused
 
-    def pieces(
-        self, tiles: Sequence[Tile], bias: Array | None, mask: Array | Mask | None
-    ) -> Iterator[tuple[Tile, Terms]]:
+    def pieces(self, tiles: Sequence[Tile], on_scores: OnScores) -> Iterator[tuple[Tile, Terms]]:
         """The tiles in the form that the kernels take, each with its part of bias and mask."""
+        mask, by_positions = on_scores.mask, callable(on_scores.mask)
         for tile in tiles:
-            parts = blocks(tile, mask) if callable(mask) else [(tile, mask is not None)]
+            parts: Iterable[tuple[Tile, bool]] = [(tile, mask is not None)]
+            if by_positions or on_scores.alibi is not None:
+                asked = mask if by_positions else None
+                heads = 1 if on_scores.alibi is None else self.q.shape[1]
+                parts = blocks(tile, asked, heads)
             for part, masked in parts:
+                masked = masked or (mask is not None and not by_positions)
                 for piece in pieces(part, self.kernels.capabilities, masked=masked):
-                    yield piece, self._terms(bias, mask if masked else None, piece)
+                    yield piece, self._terms(on_scores if masked else on_scores._replace(mask=None), piece)
 
-    def _terms(self, bias: Array | None, mask: Array | Mask | None, tile: Tile) -> Terms:
+    def _terms(self, on_scores: OnScores, tile: Tile) -> Terms:
+        bias, mask, alibi = on_scores
         if callable(mask):
             mask = shown(mask, tile, self.q, *self.q.shape[:2])
         elif mask is not None:
             mask = mask[term_index(mask, tile)]
-        return {"bias": None if bias is None else bias[term_index(bias, tile)], "mask": mask}
+        if bias is not None:
+            bias = bias[term_index(bias, tile)]
+        if alibi is not None:
+            ramp = alibi_of(alibi, tile, accumulation_dtype(self.q))
+            bias = ramp if bias is None else ramp + namespace(bias).astype(bias, ramp.dtype)
+        return {"bias": bias, "mask": mask}
 
     def prefix_tiles(self) -> tuple[Tile, ...]:
         """All of q's rows and all keys of the prefix, at positions before the first."""
@@ -121,7 +142,7 @@ class ForwardWork:
     def complete(self) -> None:
         """Merge the prefix, which nobody sent; the last partial is merged by `finish`."""
         if self.prefix is not None:
-            self._visit(self.prefix, self.prefix_tiles(), None, None)
+            self._visit(self.prefix, self.prefix_tiles(), _NOTHING)
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """Never called: nothing is carried."""
@@ -154,7 +175,7 @@ class BackwardWork:
         self.dq = None
         self.replicated: dict[str, Array] = {}
         self.sum = Sum(forward.q)
-        self.dbias = _zeros(forward.bias) if "bias" in wanted else None
+        self.dbias = _zeros(forward.on_scores.bias) if "bias" in wanted else None
         if not forward.fused or "sinks" in wanted:
             self.delta = _delta(dout, wide, dlse)
         if forward.fused:
@@ -178,9 +199,9 @@ class BackwardWork:
         """Add to dq and dbias; the tiles' shares of dk and dv."""
         forward, wanted = self.forward, ("k" in self.wanted, "v" in self.wanted)
         if not forward.fused:
-            return self._visit(block, tiles, wanted, forward.bias, forward.mask, self.dbias)
+            return self._visit(block, tiles, wanted, forward.on_scores, self.dbias)
         ranks = len(forward.lengths)
-        sums = self._visit_fused(block, tiles, wanted, forward.bias, forward.mask, self.dbias)
+        sums = self._visit_fused(block, tiles, wanted, forward.on_scores, self.dbias)
         share = tuple(total.take(last=ranks == 1) for total in sums)
         if block[0] is forward.k and ranks <= 2:  # one other share at most is added to it
             return share
@@ -190,13 +211,13 @@ class BackwardWork:
         )
 
     def _visit(
-        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None,
-        mask: Array | Mask | None, dbias: Array | None,
+        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], on_scores: OnScores,
+        dbias: Array | None,
     ) -> Blocks:  # fmt: skip
         """Add to dq and, if it is given, dbias; dk and dv of the block, if they are wanted."""
         k, v = block
         dk, dv = (_zeros(x) if want else None for x, want in zip(block, wanted, strict=True))
-        for tile, terms in self.forward.pieces(tiles, bias, mask):
+        for tile, terms in self.forward.pieces(tiles, on_scores):
             rows, keys = row_index(tile), key_index(tile)
             bias_index = () if dbias is None else term_index(dbias, tile)
             places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
@@ -213,13 +234,13 @@ class BackwardWork:
         return tuple(x for x in (dk, dv) if x is not None)
 
     def _visit_fused(
-        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], bias: Array | None,
-        mask: Array | Mask | None, dbias: Array | None,
+        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], on_scores: OnScores,
+        dbias: Array | None,
     ) -> list[Sum]:  # fmt: skip
         """Add the gradients that the kernels return, as `_visit`."""
         k, v = block
         dq, dk, dv = self.sum, Sum(k), Sum(v)
-        for tile, terms in self.forward.pieces(tiles, bias, mask):
+        for tile, terms in self.forward.pieces(tiles, on_scores):
             for total in (dq, dk, dv):
                 total.settle()
             rows, keys = row_index(tile), key_index(tile)
@@ -263,7 +284,7 @@ class BackwardWork:
         if forward.prefix is not None:
             visit = self._visit_fused if forward.fused else self._visit
             wanted = names[0] in self.wanted, names[1] in self.wanted
-            found = visit(forward.prefix, forward.prefix_tiles(), wanted, None, None, None)
+            found = visit(forward.prefix, forward.prefix_tiles(), wanted, _NOTHING, None)
             shares = (x.take() if isinstance(x, Sum) else x for x in found)
             self.replicated |= zip((name for name in names if name in self.wanted), shares, strict=True)
         if "sinks" in self.wanted:

@@ -61,6 +61,7 @@ SHAPES = {
         {"mask": lambda i, j: (i == i) & (j[:, :1] == j[:, :2])},
         ["mask, a function of positions, gave shape (2, 2)", "2 queries and 3 keys", "[B, H, s, t], (2, 4, 2, 3)"],
     ),
+    "alibi of key heads": ({"alibi": np.zeros(2)}, ["alibi has shape (2,)", "one slope for each of q's 4 heads, [H]"]),
     "prefix of three axes": ({"prefix": (K[0], V)}, ["prefix_k has 3 axes", "[B, H, S, D]"]),
     "prefix of query heads": (
         {"prefix": (np.zeros((2, 4, 3, 4)), np.zeros((2, 4, 3, 3)))},
@@ -89,6 +90,7 @@ DTYPES = {
     "bias number": ({"bias": 0.5}, ["bias is a float", "an array"]),
     "bias integers": ({"bias": np.zeros((6, 6), int)}, ["bias holds int64", "added to the scores", "float32"]),
     "bias bool": ({"bias": np.ones((6, 6), bool)}, ["bias holds bool", "added to the scores"]),
+    "alibi integers": ({"alibi": np.zeros(4, int)}, ["alibi holds int64", "a slope for each head"]),
     "prefix lists": ({"prefix": (K.tolist(), V.tolist())}, ["prefix_k is a list", "an array"]),
     "prefix of another dtype": (
         {"prefix": (K.astype("float32"), V)},
@@ -301,7 +303,6 @@ def test_wrt_is_read_when_the_call_is_made():
 
 FUTURE = [
     "agreement",
-    "alibi",
     "attn_mask",
     "block_mask",
     "dropout",

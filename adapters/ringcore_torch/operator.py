@@ -24,7 +24,7 @@ def attend(inputs: Inputs, *, return_lse: bool, **keywords: Any) -> Any:
     q, given = inputs.q, [x for x in inputs if x is not None]
     if type(return_lse).__name__ not in ("bool", "bool_") or not all(_takes(x, q.device) for x in given):
         return NotImplemented
-    if any(isinstance(x, Tensor) and x.requires_grad for x in keywords.values()):
+    if any(isinstance(x, Tensor) and x.requires_grad for x in (inputs.alibi, *keywords.values())):
         return NotImplemented
     if torch.compiler.is_compiling():
         _refuse_numbers_in_arrays(keywords)
@@ -70,10 +70,10 @@ def _run(inputs: Inputs, text: str) -> tuple[Tensor, Result]:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
-    prefix_k: Tensor | None, prefix_v: Tensor | None, keywords: str,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, alibi: Tensor | None, keywords: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, lse, maximum and total."""
-    out, result = _run(Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v), keywords)
+    out, result = _run(Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v, alibi), keywords)
     maximum, total = result.maximum.contiguous(), result.total.contiguous()
     return out, finished_lse(maximum, total, -torch.inf), maximum, total
 
@@ -84,7 +84,7 @@ _attend = torch.library.custom_op("ringcore::attend", _forward, mutates_args=())
 @_attend.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
-    prefix_k: Tensor | None, prefix_v: Tensor | None, keywords: str,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, alibi: Tensor | None, keywords: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     axes = call_of("ring_attention", keywords).axes
     out = q.new_empty_strided((*q.shape[:3], v.shape[3]), _out_strides(q, v))
@@ -96,8 +96,8 @@ def _(
 
 def _backward(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    mask: Tensor | None, sinks: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, out: Tensor,
-    maximum: Tensor, total: Tensor, keywords: str, wrt: str,
+    mask: Tensor | None, sinks: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, alibi: Tensor | None,
+    out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the names in ``wrt``."""
     names = tuple(wrt.split())
@@ -107,7 +107,7 @@ def _backward(
     dout, dlse, out, maximum, total = map(_without_grad, (dout, dlse, out, maximum, total))
     rows = out if call.axes == "bhsd" else out.transpose(1, 2)
     result = Result(rows, rows, maximum, total)
-    inputs = _detached(Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v))
+    inputs = _detached(Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v, alibi))
 
     def further(_: Any) -> None:
         check_output_gradients(dout, dlse, out, maximum)
@@ -123,10 +123,10 @@ _attend_backward = torch.library.custom_op("ringcore::attend_backward", _backwar
 @_attend_backward.register_fake
 def _(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    mask: Tensor | None, sinks: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, out: Tensor,
-    maximum: Tensor, total: Tensor, keywords: str, wrt: str,
+    mask: Tensor | None, sinks: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, alibi: Tensor | None,
+    out: Tensor, maximum: Tensor, total: Tensor, keywords: str, wrt: str,
 ) -> list[Tensor]:  # fmt: skip
-    inputs = Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v)
+    inputs = Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v, alibi)
     return [torch.empty_like(getattr(inputs, name)) for name in wrt.split()]
 
 

@@ -156,6 +156,22 @@ def _prefix_lm(rng, shape, dtype):
     return {"mask": PrefixLm(shape.keys // 3), "query_offset": shape.keys - shape.queries}
 
 
+def _slopes(shape, dtype):
+    return np.array([2.0 ** -(n + 1) for n in range(shape.heads)]).astype(dtype)
+
+
+def _alibi(rng, shape, dtype):
+    offsets = [3 * entry for entry in range(shape.batch)]
+    return {"alibi": _slopes(shape, dtype), "causal": True, "query_offset": offsets}
+
+
+def _alibi_and_more(rng, shape, dtype):
+    return {
+        "alibi": -_slopes(shape, dtype), "prefix": _prefix_of(rng, shape, dtype, 4), "softcap": 3.0, "mask": _coins,
+        "bias": rng.standard_normal((shape.heads, 1, shape.keys)).astype(dtype),
+    }  # fmt: skip
+
+
 def _everything(rng, shape, dtype):
     return {
         "causal": True,
@@ -168,6 +184,7 @@ def _everything(rng, shape, dtype):
         "key_lengths": [shape.keys - entry - 1 for entry in range(shape.batch)],
         "sinks": rng.standard_normal(shape.heads).astype(dtype),
         "prefix": _prefix_of(rng, shape, dtype, 2),
+        "alibi": _slopes(shape, dtype),
     }
 
 
@@ -207,6 +224,8 @@ FEATURES: dict[str, Feature] = {
     "prefix reduced": _prefix_reduced,
     "mask of positions": _mask_of_positions,
     "prefix LM": _prefix_lm,
+    "ALiBi": _alibi,
+    "ALiBi and more": _alibi_and_more,
     "everything": _everything,
 }
 

@@ -66,6 +66,11 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     bias = keywords.get("bias")
     if bias is not None:
         scores[..., before:] += np.asarray(bias).astype(np.float64)
+    if keywords.get("alibi") is not None:
+        offsets = np.broadcast_to(keywords.get("query_offset", 0), (q.shape[0],))
+        rows = np.arange(q.shape[2])[None, :] + offsets[:, None]
+        distance = np.abs(rows[:, None, :, None] - np.arange(keys))
+        scores[..., before:] -= np.asarray(keywords["alibi"]).astype(float)[:, None, None] * distance
     seen = np.ones(raw.shape, bool)
     seen[..., before:] = visible_pairs(q.shape[2], keys, q.shape[0], keywords)[:, None]
     mask = keywords.get("mask")

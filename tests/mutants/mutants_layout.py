@@ -245,10 +245,10 @@ MUTANTS = (
     Mutant(
         "replicated keys counted at every hop",
         "ringcore/work.py",
-        """        self._visit(block, tiles, self.bias, self.mask)
+        """        self._visit(block, tiles, self.on_scores)
         return ()
 """,
-        """        self._visit(block, tiles, self.bias, self.mask)
+        """        self._visit(block, tiles, self.on_scores)
         self.complete()
         return ()
 """,
@@ -266,8 +266,8 @@ MUTANTS = (
     Mutant(
         "mask laid on replicated keys",
         "ringcore/work.py",
-        "self._visit(self.prefix, self.prefix_tiles(), None, None)",
-        "self._visit(self.prefix, self.prefix_tiles(), self.bias, self.mask)",
+        "self._visit(self.prefix, self.prefix_tiles(), _NOTHING)",
+        "self._visit(self.prefix, self.prefix_tiles(), self.on_scores)",
         RING,
         "out_and_lse and prefix_reduced",
         error="ValueError",
@@ -275,9 +275,9 @@ MUTANTS = (
     Mutant(
         "prefix left out of the gradient of q",
         "ringcore/work.py",
-        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, None, None, None)\n",
+        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, _NOTHING, None)\n",
         "            without = None if self.dq is None else self.dq + 0\n"
-        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, None, None, None)\n"
+        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, _NOTHING, None)\n"
         "            self.dq = without\n",
         RING,
         "gradients and prefix",
@@ -293,10 +293,34 @@ MUTANTS = (
     Mutant(
         "mask asked by places in the shard",
         "ringcore/positions.py",
-        "xp.arange(places.start, places.stop, places.step,",
-        "xp.arange(0, len(places), 1,",
+        "q_positions, k_positions = (\n        xp.arange(places.start, places.stop, places.step,",
+        "q_positions, k_positions = (\n        xp.arange(0, len(places), 1,",
         RING,
         "out_and_lse and mask_of_positions",
+    ),
+    Mutant(
+        "ALiBi by places in the shard",
+        "ringcore/positions.py",
+        "i, j = (\n        xp.arange(places.start, places.stop, places.step,",
+        "i, j = (\n        xp.arange(0, len(places), 1,",
+        RING,
+        "out_and_lse and ALiBi",
+    ),
+    Mutant(
+        "ALiBi of distances rounded before they are subtracted",
+        "ringcore/positions.py",
+        "xp.astype(xp.abs(i[:, None] - j[None, :]), dtype)",
+        "xp.abs(xp.astype(i[:, None], dtype) - xp.astype(j[None, :], dtype))",
+        f"{PLAN}/test_positions.py",
+        "exact",
+    ),
+    Mutant(
+        "slopes of the first heads for all",
+        "ringcore/positions.py",
+        "slopes[tile.q_heads]",
+        "slopes[:1]",
+        RING,
+        "out_and_lse and ALiBi",
     ),
     Mutant(
         "what an interval says of one block taken for those beside it",

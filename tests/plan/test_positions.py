@@ -99,3 +99,30 @@ def test_an_answer_for_batch_entries_and_heads_is_cut_to_the_tile():
     found = positions.shown(mask, tile, np.zeros((3, 4, 2, 1)), 3, 4)
     assert found.shape == (1, 2, 2, 3)
     assert found.all()
+
+
+@pytest.mark.parametrize("band", BANDS)
+def test_without_a_mask_blocks_cover_the_band_and_hold_few_numbers(monkeypatch, band):
+    monkeypatch.setattr(positions, "_NUMBERS", 3 * 20**2)
+    tile, found = tile_of(range(45), range(70), band), {}
+    for part, asked in positions.blocks(tile, None, 3):
+        assert not asked
+        assert part.height <= 20
+        assert part.width <= 20
+        ((rows,), (columns,)) = part.row_positions, part.column_positions
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                if (part.band.lo is None or j - i >= part.band.lo) and (part.band.hi is None or j - i <= part.band.hi):
+                    found[row, column] = found.get((row, column), 0) + 1
+    lo, hi = (-100 if band.lo is None else band.lo), (100 if band.hi is None else band.hi)
+    assert found == {(i, j): 1 for i in range(45) for j in range(70) if lo <= j - i <= hi}
+
+
+def test_alibi_far_from_the_first_position_is_exact():
+    rows, columns = range(90_000_000, 90_000_004), range(90_000_001, 90_000_003)
+    tile = Tile(slice(0, 1), slice(1, 3), slice(0, 1), slice(0, 4), slice(0, 2), (rows,), (columns,))
+    slopes = np.array([1.0, 0.5, -2.0, 4.0], np.float32)
+    found = positions.alibi_of(slopes, tile, np.dtype(np.float32))
+    due = -slopes[1:3, None, None] * np.abs(np.array(rows)[:, None] - np.array(columns))
+    assert found.dtype == np.float32
+    assert (found == due[None]).all()

@@ -117,6 +117,13 @@ def test_gradients_under_a_mask_of_positions():
     torch.testing.assert_close(attend(q, k, v)[0], due)
 
 
+def test_slopes_of_alibi_get_no_gradient():
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0], dtype=torch.float64)
+    assert gradcheck(lambda *x: ringcore.ring_attention(*x, alibi=slopes, causal=True, ring_size=2), draw())
+    with pytest.raises(ringcore.UnsupportedError, match="alibi requires grad, but no gradient of its slopes is made"):
+        ringcore.ring_attention(*draw(), alibi=slopes.requires_grad_())
+
+
 def test_autocast_casts_a_prefix_too():
     arrays = [torch.randn(1, 2, 8, 4) for _ in range(3)]
     prefix = tuple(torch.randn(1, 2, 3, 4) for _ in range(2))
@@ -334,7 +341,7 @@ def test_the_operators_obey_torchs_rules():
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in draw())
     sinks = torch.zeros(q.shape[2], dtype=q.dtype, requires_grad=True)
     prefix = [x[:, :2].detach().requires_grad_() for x in (k, v)]
-    torch.library.opcheck(torch.ops.ringcore.attend.default, (q, k, v, None, None, sinks, *prefix, keywords))
+    torch.library.opcheck(torch.ops.ringcore.attend.default, (q, k, v, None, None, sinks, *prefix, None, keywords))
 
 
 def test_the_same_call_gives_the_same_bits():
