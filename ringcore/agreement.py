@@ -88,6 +88,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "window": arguments.window,
         "scale": arguments.score.scale,
         "softcap": arguments.score.softcap,
+        "dropout": (arguments.score.dropout, arguments.score.seed),
         "query_offset": arguments.offsets,
         "key_lengths": arguments.key_lengths,
         "documents": _documents_note(arguments.documents),

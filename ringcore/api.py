@@ -44,6 +44,8 @@ def ring_attention(
     sinks: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
     alibi: Array | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
@@ -88,6 +90,10 @@ def ring_attention(
             query sees all of them, whatever the other keywords hide: bias and mask have no columns for them.
         alibi: [H], a slope for each head: slope * |q's position - k's position| is taken off the scores, as a bias that
             is made in blocks of a few million numbers. It has no gradient.
+        dropout: the rate, from 0 to less than 1, at which finished weights become 0, and the others are divided by
+            1 - dropout. lse stays what it is. Which ones is a function of dropout_seed, batch entry, head and positions
+            alone: any ring, layout and library drops the same.
+        dropout_seed: a whole number, the same on every rank; another one for each call drops others.
         layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions.
         q_layout, k_layout: the same for q (and out), and for k and v, where they differ.
         reduce_replicated: for Torch, whose autograd makes gradients: those of sinks, of prefix and of a bias with one
@@ -101,7 +107,8 @@ def ring_attention(
         "ring": ring, "ring_size": ring_size, "causal": causal, "window": window, "scale": scale, "softcap": softcap,
         "query_offset": query_offset, "key_lengths": key_lengths, "documents": documents, "cu_seqlens": cu_seqlens,
         "layout": layout, "q_layout": q_layout, "k_layout": k_layout, "axes": axes, "kernels": kernels,
-        "reduce_replicated": reduce_replicated, "mask_of": mask if callable(mask) else None,
+        "dropout": dropout, "dropout_seed": dropout_seed, "reduce_replicated": reduce_replicated,
+        "mask_of": mask if callable(mask) else None,
     }  # fmt: skip
     inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
     adapter = autograd_adapter(type(q))
@@ -145,6 +152,8 @@ def ring_attention_vjp(
     sinks: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
     alibi: Array | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
@@ -166,7 +175,8 @@ def ring_attention_vjp(
         "ring_attention_vjp", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale,
         softcap=softcap, query_offset=query_offset, key_lengths=key_lengths, documents=documents,
         cu_seqlens=cu_seqlens, layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        reduce_replicated=reduce_replicated, mask_of=mask if callable(mask) else None, gradient=True, wrt=wrt,
+        dropout=dropout, dropout_seed=dropout_seed, reduce_replicated=reduce_replicated,
+        mask_of=mask if callable(mask) else None, gradient=True, wrt=wrt,
     )  # fmt: skip
     inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
     prepared = call.prepare(inputs, lambda _: check_detached(**inputs._replace(alibi=None)._asdict()))

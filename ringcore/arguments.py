@@ -84,7 +84,7 @@ class Arguments:
         """What kernels must be able to do for the forward pass, as `Capabilities` names it."""
         terms = {
             "bias": (self.bias, self.alibi), "mask": (self.mask, self.mask_of), "softcap": (self.score.softcap,),
-            "window": (self.window[0],),
+            "window": (self.window[0],), "dropout": (self.score.dropout or None,),
         }  # fmt: skip
         return frozenset(name for name, given in terms.items() if any(x is not None for x in given))
 
@@ -99,7 +99,8 @@ class Arguments:
 
 
 def check_arguments(
-    inputs: Inputs, *, causal: bool, window: Any, scale: float | None, softcap: float | None, query_offset: Any,
+    inputs: Inputs, *, causal: bool, window: Any, scale: float | None, softcap: float | None,
+    dropout: float = 0.0, dropout_seed: int | None = None, query_offset: Any,
     key_lengths: Any, documents: Any = None, cu_seqlens: Any = None, layout: str | Layout,
     q_layout: str | Layout | None = None, k_layout: str | Layout | None = None, axes: str,
     reduce_replicated: bool = False, mask_of: Mask | None = None,
@@ -134,7 +135,7 @@ def check_arguments(
     return Arguments(
         **_put_in_order(inputs, axes)._asdict(),
         bias_shape=() if bias is None else tuple(bias.shape),
-        score=Score(_scale(scale, q), _softcap(softcap, q)),
+        score=Score(_scale(scale, q), _softcap(softcap, q), *_dropout(dropout, dropout_seed, q)),
         causal=bool(causal),
         window=check_window(window, bool(causal)),
         offsets=offsets,
@@ -391,6 +392,25 @@ def _softcap(softcap: Any, q: Array) -> float | None:
         due = "larger than 0" if value <= 0 else f"at least {smallest:.2g} for {dtype_name(q)} arrays"
         raise KeywordError(f"softcap is {softcap!r}; it must be {due}, or None for no cap.")
     return value
+
+
+def _dropout(rate: Any, seed: Any, q: Array) -> tuple[float, int]:
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < 1:
+        raise KeywordError(f"dropout is {rate!r}; it must be a rate from 0 on, and less than 1.")
+    if seed is None and float(rate) > 0:
+        raise KeywordError(
+            f"dropout is {rate}, but there is no dropout_seed. Give a whole number, the same on every rank and another "
+            "for each call."
+        )
+    if seed is not None and (not is_integer(seed) or not 0 <= seed < 1 << 64):
+        raise KeywordError(f"dropout_seed is {seed!r}; it must be a whole number of 64 bits, 0 or more.")
+    xp = namespace(q)
+    if float(rate) > 0 and xp.arange(1, dtype=xp.int64, device=array_api_compat.device(q)).dtype != xp.int64:
+        raise UnsupportedError(
+            "dropout is drawn with integers of 64 bits, but the library makes shorter ones of them. For JAX call "
+            'jax.config.update("jax_enable_x64", True) first.'
+        )
+    return float(rate), 0 if seed is None or not rate else int(seed)
 
 
 def _number(name: str, value: Any, q: Array) -> float:

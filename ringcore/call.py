@@ -32,7 +32,7 @@ from ringcore.positions import Mask
 from ringcore.protocols import Kernels, Transport
 from ringcore.replicated import add_all
 from ringcore.session import LocalSession, ProcessSession, Session, split_term
-from ringcore.values import Array, namespace
+from ringcore.values import Array, Blocks, Tile, namespace
 from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 
 Further = TypeVar("Further")
@@ -68,6 +68,8 @@ class Call:
     cu_seqlens: Any = None
     q_layout: str | Layout | None = None
     k_layout: str | Layout | None = None
+    dropout: float = 0.0
+    dropout_seed: int | None = None
     reduce_replicated: bool = False
     mask_of: Mask | None = None
     gradient: bool = False
@@ -171,9 +173,10 @@ class Call:
         _check_ring_size(self.ring, self.ring_size)
         arguments = check_arguments(
             inputs, causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap,
-            query_offset=self.query_offset, key_lengths=self.key_lengths, documents=self.documents,
-            cu_seqlens=self.cu_seqlens, layout=self.layout, q_layout=self.q_layout, k_layout=self.k_layout,
-            axes=self.axes, reduce_replicated=self.reduce_replicated, mask_of=self.mask_of,
+            dropout=self.dropout, dropout_seed=self.dropout_seed, query_offset=self.query_offset,
+            key_lengths=self.key_lengths, documents=self.documents, cu_seqlens=self.cu_seqlens, layout=self.layout,
+            q_layout=self.q_layout, k_layout=self.k_layout, axes=self.axes, reduce_replicated=self.reduce_replicated,
+            mask_of=self.mask_of,
         )  # fmt: skip
         check_library = _library_check(arguments.q)
         if check_library is not None:
@@ -237,14 +240,18 @@ class Prepared:
         biases, masks = (split_term(session, term, len(qs)) for term in terms)
         if arguments.mask_of is not None:
             masks = [arguments.mask_of] * len(qs)
-        prefix = None if arguments.prefix_k is None else (arguments.prefix_k, arguments.prefix_v)
+        prefix: Blocks | None = None
+        tiles: list[tuple[Tile, ...]] = [()] * len(qs)
+        if arguments.prefix_k is not None and arguments.prefix_v is not None:
+            prefix = arguments.prefix_k, arguments.prefix_v
+            tiles = [deal.prefix_tiles(rank, arguments.prefix_k.shape[2]) for rank in session.ranks]
         arithmetic = find_arithmetic(arguments.q)
         self._works = [
             ForwardWork(
-                *parts, alibi=arguments.alibi, sinks=sinks, prefix=prefix, score=arguments.score, kernels=kernels,
-                lengths=deal.k_layout.lengths, arithmetic=arithmetic,
+                q, k, v, bias, mask, alibi=arguments.alibi, sinks=sinks, prefix=prefix, prefix_tiles=before,
+                score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths, arithmetic=arithmetic,
             )
-            for parts in zip(qs, ks, vs, biases, masks, strict=True)
+            for q, k, v, bias, mask, before in zip(qs, ks, vs, biases, masks, tiles, strict=True)
         ]  # fmt: skip
 
     def forward(self, keep_wide: bool = False) -> Result:

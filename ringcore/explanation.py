@@ -56,6 +56,8 @@ def explain(
     sinks: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
     alibi: Array | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
     axes: str = "bhsd",
@@ -85,7 +87,8 @@ def explain(
         "explain", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
         query_offset=query_offset, key_lengths=key_lengths, documents=documents, cu_seqlens=cu_seqlens,
         layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        reduce_replicated=reduce_replicated, mask_of=mask if callable(mask) else None, gradient=bool(wrt), wrt=wrt,
+        dropout=dropout, dropout_seed=dropout_seed, reduce_replicated=reduce_replicated,
+        mask_of=mask if callable(mask) else None, gradient=bool(wrt), wrt=wrt,
     )  # fmt: skip
     arguments, chosen, passed = call.choose(inputs)
     where = f"local ring of {ring_size or 1} rank(s), all in this process"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol, cast
 
@@ -19,8 +19,8 @@ from ringcore.protocols import OneSided, Transport
 from ringcore.replicated import SumWork, sum_plans
 from ringcore.ring import Work, ring
 from ringcore.schedule import ring_plans
-from ringcore.tiling import Visibility
-from ringcore.values import Array, Blocks, Move, Plan
+from ringcore.tiling import Visibility, tiles_between
+from ringcore.values import Array, Blocks, Move, Plan, Tile
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,28 @@ class Deal:
 
     q_layout: Layout
     k_layout: Layout
+    visibility: Visibility
     plans: tuple[Plan, ...]
+
+    @classmethod
+    def of(cls, q_layout: Layout, k_layout: Layout, visibility: Visibility) -> Deal:
+        """By these layouts."""
+        return cls(q_layout, k_layout, visibility, ring_plans(q_layout, k_layout, visibility))
+
+    def prefix_tiles(self, rank: int, length: int) -> tuple[Tile, ...]:
+        """All of a rank's queries before so many keys that all ranks have, at positions before the first."""
+        return _prefix_tiles(self.q_layout.shards[rank], length, self.visibility)
 
 
 class Session(Protocol):
     """Splits what the caller gave into the shards that run here, runs them, and joins the results."""
 
     deal: Deal
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks that run here."""
+        ...
 
     def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
         """The shards of x that run here."""
@@ -69,8 +84,8 @@ class LocalSession:
         q_length, k_length = arguments.q.shape[2], arguments.k.shape[2]
         q_layout = resolve_layout(arguments.q_layout, q_length, size, "q")
         k_layout = resolve_layout(arguments.k_layout, k_length, size, "k")
-        plans = ring_plans(q_layout, k_layout, visibility_of(arguments, q_length, k_length))
-        self.deal = Deal(q_layout, k_layout, plans)
+        self.deal = Deal.of(q_layout, k_layout, visibility_of(arguments, q_length, k_length))
+        self.ranks = range(size)
         self._whole = q_layout.whole and k_layout.whole
 
     def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
@@ -106,7 +121,7 @@ class ProcessSession:
     """This rank of a ring of processes."""
 
     def __init__(self, transport: Transport, arguments: Arguments, agreed: Agreed) -> None:
-        self.transport, self.call = transport, agreed.call
+        self.transport, self.call, self.ranks = transport, agreed.call, (transport.rank,)
         visibility = visibility_of(arguments, sum(agreed.q_lengths), sum(agreed.k_lengths))
         layouts = arguments.q_layout, arguments.k_layout
         self.deal = _dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility)
@@ -189,7 +204,8 @@ def visibility_of(arguments: Arguments, queries: int, keys: int) -> Visibility:
         heads=arguments.q.shape[1],
         key_heads=arguments.k.shape[1],
         # A joined tile may hold several ranges of columns, which no slice of a bias or mask names.
-        joined=all(x is None for x in (arguments.bias, arguments.mask, arguments.mask_of, arguments.alibi)),
+        joined=not arguments.score.dropout
+        and all(x is None for x in (arguments.bias, arguments.mask, arguments.mask_of, arguments.alibi)),
         documents=None if arguments.documents is None else arguments.documents.of_entries(batch),
     )
 
@@ -201,7 +217,14 @@ def _dealt(
 ) -> Deal:  # fmt: skip
     """How shards of these lengths are dealt by the layouts. Raises LayoutError if the lengths are not the layouts'."""
     q_layout, k_layout = layout_of_lengths(q_layout, q_lengths, "q"), layout_of_lengths(k_layout, k_lengths, "k")
-    return Deal(q_layout, k_layout, ring_plans(q_layout, k_layout, visibility))
+    return Deal.of(q_layout, k_layout, visibility)
+
+
+@lru_cache(maxsize=256)
+def _prefix_tiles(rows: tuple[range, ...], length: int, visibility: Visibility) -> tuple[Tile, ...]:
+    limits = (0,) * len(visibility.offsets)
+    seen = replace(visibility, causal=False, window=(None, None), documents=None, key_limits=limits)
+    return tiles_between(rows, (range(-length, 0),), seen)
 
 
 def split_term(session: Session, term: Array | None, parts: int) -> list[Array | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import array_api_compat
 
 from ringcore.arrays import add
+from ringcore.dropout import kept_weights
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, known
 from ringcore.values import Array, Band, Capabilities, Gradients, Score, Tile, namespace
@@ -23,7 +24,7 @@ _LARGEST_SCORES = 1 << 21  # numbers in one block of scores over all batch entri
 class ReferenceKernels:
     """Attention over one tile, written once for every array library."""
 
-    capabilities = Capabilities("reference")
+    capabilities = Capabilities("reference", dropout=True)
 
     def forward(
         self, q: Array, k: Array, v: Array, *, score: Score, tile: Tile,
@@ -35,7 +36,7 @@ class ReferenceKernels:
         for rows in _spans(0, q.shape[2], _rows_per_block(q)):
             part = empty_partial(q[:, :, slice(*rows), ...], v.shape[-1])
             for keys in _spans(*tile.band.columns(*rows, k.shape[2]), _BLOCK):
-                block = _Block(q, k, v, rows, keys, score, tile.band, bias, mask)
+                block = _Block(q, k, v, rows, keys, score, tile, bias, mask)
                 part = merge(part, block.partial())
             columns.append(part)
         if not columns:
@@ -58,11 +59,11 @@ class ReferenceKernels:
             row_part = slice(None), slice(None), slice(*rows), ...
             for keys in _spans(*tile.band.columns(*rows, k.shape[2]), _BLOCK):
                 key_part = slice(None), slice(None), slice(*keys), ...
-                block = _Block(q, k, v, rows, keys, score, tile.band, bias, mask)
+                block = _Block(q, k, v, rows, keys, score, tile, bias, mask)
                 do = _grouped(xp.astype(dout[row_part], block.dtype), k.shape[1])
                 weights = block.weights(*(_grouped(x[row_part], k.shape[1]) for x in (maximum, total)))
                 if dv is not None:
-                    dv = add(dv, key_part, xp.sum(block.product(weights, do, transposed=True), axis=2))
+                    dv = add(dv, key_part, xp.sum(block.product(block.dropped(weights), do, transposed=True), axis=2))
                 if dq is None and dk is None and dbias is None:
                     continue
                 dscores = block.score_gradient(weights, do, _grouped(delta[row_part], k.shape[1]))
@@ -85,7 +86,7 @@ class _Block:
 
     def __init__(
         self, q: Array, k: Array, v: Array, rows: tuple[int, int], keys: tuple[int, int],
-        score: Score, band: Band, bias: Array | None, mask: Array | None,
+        score: Score, tile: Tile, bias: Array | None, mask: Array | None,
     ) -> None:  # fmt: skip
         xp = self.xp = namespace(q)
         self.dtype, self.score = accumulation_dtype(q), score
@@ -98,8 +99,8 @@ class _Block:
             scores = xp.tanh(scores / score.softcap) * score.softcap
         self.capped = scores
         visible = None
-        if not band.covers(rows, keys):
-            visible = _band_mask(q, rows, keys, band)
+        if not tile.band.covers(rows, keys):
+            visible = _band_mask(q, rows, keys, tile.band)
         for term, index in ((mask, (row_part, key_part)), (bias, (row_part, key_part))):
             if term is None:
                 continue
@@ -113,6 +114,14 @@ class _Block:
             visible = cut if visible is None else visible & cut
         self.visible = visible
         self.scores = scores if visible is None else xp.where(visible, scores, -math.inf)
+        self.kept: Array | None = None
+        if score.dropout:
+            part = tile.part(rows, keys, Band())
+            self.kept = _grouped(kept_weights(score, part, q, self.dtype), k.shape[1])
+
+    def dropped(self, weights: Array) -> Array:
+        """What dropout leaves of the weights, which their sum does not know of."""
+        return weights if self.kept is None else weights * self.kept
 
     def partial(self) -> Partial:
         """The block's own partial [B, H, s, ...]."""
@@ -121,7 +130,8 @@ class _Block:
         reference = xp.where(maximum == -math.inf, 0.0, maximum)
         weights = xp.exp(self.scores - reference[..., None])
         total = xp.sum(weights, axis=-1)
-        return Partial(*(_ungrouped(x) for x in (self.product(weights, self.v), maximum, total)))
+        weighted = self.product(self.dropped(weights), self.v)
+        return Partial(*(_ungrouped(x) for x in (weighted, maximum, total)))
 
     def weights(self, maximum: Array, total: Array) -> Array:
         """exp(s - maximum) / total with the finished row's statistics; 0 in rows that saw no key.
@@ -137,7 +147,7 @@ class _Block:
 
     def score_gradient(self, weights: Array, dout: Array, delta: Array) -> Array:
         """The gradient of the scores after softcap, bias and mask."""
-        gradient = weights * (dout @ self.xp.matrix_transpose(self.v) - delta[..., None])
+        gradient = weights * (self.dropped(dout @ self.xp.matrix_transpose(self.v)) - delta[..., None])
         return self.xp.where(self.scores == -math.inf, 0.0, gradient)
 
     def raw_gradient(self, gradient: Array) -> Array:

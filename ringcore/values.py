@@ -119,10 +119,13 @@ class Score:
     """What turns q.k into a score, equal for the whole call.
 
     scale multiplies q.k; softcap, if given, then bounds it to cap * tanh(score / cap). Bias and mask come after.
+    dropout is the rate at which finished weights become 0, seed what decides which ones (see `ringcore.dropout`).
     """
 
     scale: float
     softcap: float | None = None
+    dropout: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,8 @@ class Capabilities:
 
     dtypes: names of input dtypes. libraries: top-level modules whose arrays they take; empty is any. devices: kinds of
     device, such as "cpu" and "cuda"; empty is any.
-    bias, mask, softcap, window (how far to the left), gradient: which of these they do. bias_gradient: whether the
-    gradients include that of a bias.
+    bias, mask, softcap, window (how far to the left), dropout, gradient: which of these they do. bias_gradient: whether
+    the gradients include that of a bias.
     fused: they know one tile alone. Forward returns its own partial, from out and lse; backward is given ``out``,
     ``lse`` and ``dlse`` of the finished rows, and returns its own gradients. ringcore adds both up. Before their
     first use on a device they are held against the reference kernels. half_gradients: the gradients that they return
@@ -243,6 +246,7 @@ class Capabilities:
     mask: bool = True
     softcap: bool = True
     window: bool = True
+    dropout: bool = False
     gradient: bool = True
     bias_gradient: bool = True
     fused: bool = False

@@ -14,7 +14,7 @@ from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
 from ringcore.positions import Mask, alibi_of, blocks, shown
 from ringcore.protocols import Arithmetic, Kernels
-from ringcore.values import Array, Band, Blocks, Gradients, Move, Score, Spec, Tile, namespace
+from ringcore.values import Array, Blocks, Gradients, Move, Score, Spec, Tile, namespace
 
 _STANDARD = StandardArithmetic()
 
@@ -38,10 +38,11 @@ class ForwardWork:
 
     def __init__(
         self, q: Array, k: Array, v: Array, bias: Array | None, mask: Array | Mask | None, alibi: Array | None = None,
-        sinks: Array | None = None, prefix: Blocks | None = None, *, score: Score, kernels: Kernels,
-        lengths: Sequence[int], arithmetic: Arithmetic = _STANDARD,
+        sinks: Array | None = None, prefix: Blocks | None = None, prefix_tiles: Sequence[Tile] = (), *, score: Score,
+        kernels: Kernels, lengths: Sequence[int], arithmetic: Arithmetic = _STANDARD,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.sinks, self.prefix = q, k, v, sinks, prefix
+        self.q, self.k, self.v, self.sinks = q, k, v, sinks
+        self.prefix, self.prefix_tiles = prefix, prefix_tiles
         self.on_scores = OnScores(bias, mask, alibi)
         self.score, self.kernels, self.lengths, self.arithmetic = score, kernels, lengths, arithmetic
         # A sink is a key that every query of its head sees, without a value: the sums begin with it, once.
@@ -127,14 +128,6 @@ class ForwardWork:
             bias = ramp if bias is None else ramp + namespace(bias).astype(bias, ramp.dtype)
         return {"bias": bias, "mask": mask}
 
-    def prefix_tiles(self) -> tuple[Tile, ...]:
-        """All of q's rows and all keys of the prefix, at positions before the first."""
-        if self.prefix is None or not self.q.shape[2] or not self.prefix[0].shape[2]:
-            return ()
-        (batch, heads, rows, _), (_, key_heads, keys, _) = self.q.shape, self.prefix[0].shape
-        batch, heads, key_heads, whole, columns = (slice(0, n, 1) for n in (batch, heads, key_heads, rows, keys))
-        return (Tile(batch, heads, key_heads, whole, columns, (range(rows),), (range(-keys, 0),), Band()),)
-
     def _forward(self, k: Array, v: Array, tile: Tile, terms: Terms, **state: Partial | None) -> Partial:
         rows, keys = row_index(tile), key_index(tile)
         return self.kernels.forward(self.q[rows], k[keys], v[keys], score=self.score, tile=tile, **terms, **state)
@@ -142,7 +135,7 @@ class ForwardWork:
     def complete(self) -> None:
         """Merge the prefix, which nobody sent; the last partial is merged by `finish`."""
         if self.prefix is not None:
-            self._visit(self.prefix, self.prefix_tiles(), _NOTHING)
+            self._visit(self.prefix, self.prefix_tiles, _NOTHING)
 
     def combine(self, arrived: Blocks, share: Blocks, rows: range | None = None) -> Blocks:
         """Never called: nothing is carried."""
@@ -284,7 +277,7 @@ class BackwardWork:
         if forward.prefix is not None:
             visit = self._visit_fused if forward.fused else self._visit
             wanted = names[0] in self.wanted, names[1] in self.wanted
-            found = visit(forward.prefix, forward.prefix_tiles(), wanted, _NOTHING, None)
+            found = visit(forward.prefix, forward.prefix_tiles, wanted, _NOTHING, None)
             shares = (x.take() if isinstance(x, Sum) else x for x in found)
             self.replicated |= zip((name for name in names if name in self.wanted), shares, strict=True)
         if "sinks" in self.wanted:

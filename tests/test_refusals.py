@@ -114,6 +114,13 @@ DTYPES = {
     "mask numbers": ({"mask": np.zeros((6, 6))}, ["mask holds float64", "must be bool", "use bias"]),
 }
 KEYWORDS = {
+    "dropout of all": ({"dropout": 1.0, "dropout_seed": 1}, ["dropout is 1.0", "less than 1"]),
+    "negative dropout": ({"dropout": -0.1, "dropout_seed": 1}, ["dropout is -0.1", "from 0 on"]),
+    "dropout NaN": ({"dropout": float("nan"), "dropout_seed": 1}, ["dropout is nan"]),
+    "dropout flag": ({"dropout": True, "dropout_seed": 1}, ["dropout is True"]),
+    "dropout without a seed": ({"dropout": 0.5}, ["there is no dropout_seed", "the same on every rank"]),
+    "seed of a fraction": ({"dropout": 0.5, "dropout_seed": 0.5}, ["dropout_seed is 0.5", "64 bits"]),
+    "negative seed": ({"dropout_seed": -1}, ["dropout_seed is -1", "0 or more"]),
     "negative left": ({"window": (-1, 2)}, ["window is (-1, 2)", "None (unbounded) or an integer from 0"]),
     "negative right": ({"window": (1, -2)}, ["window is (1, -2)", "from 0 (itself only) on"]),
     "window triple": ({"window": (1, 2, 3)}, ["window is (1, 2, 3)", "(left, right)"]),
@@ -305,8 +312,6 @@ FUTURE = [
     "agreement",
     "attn_mask",
     "block_mask",
-    "dropout",
-    "dropout_seed",
     "is_causal",
     "partial",
     "return_partial",

@@ -172,6 +172,19 @@ def _alibi_and_more(rng, shape, dtype):
     }  # fmt: skip
 
 
+def _dropout(rng, shape, dtype):
+    offsets = [2 * entry + 1 for entry in range(shape.batch)]
+    return {"dropout": 0.3, "dropout_seed": 2**63 + 12345, "causal": True, "query_offset": offsets}
+
+
+def _dropout_and_more(rng, shape, dtype):
+    return {
+        "dropout": 0.5, "dropout_seed": 7, "prefix": _prefix_of(rng, shape, dtype, 5), "window": (6, 3),
+        "sinks": rng.standard_normal(shape.heads).astype(dtype),
+        "bias": rng.standard_normal((shape.queries, shape.keys)).astype(dtype),
+    }  # fmt: skip
+
+
 def _everything(rng, shape, dtype):
     return {
         "causal": True,
@@ -185,6 +198,8 @@ def _everything(rng, shape, dtype):
         "sinks": rng.standard_normal(shape.heads).astype(dtype),
         "prefix": _prefix_of(rng, shape, dtype, 2),
         "alibi": _slopes(shape, dtype),
+        "dropout": 0.1,
+        "dropout_seed": 1,
     }
 
 
@@ -226,6 +241,8 @@ FEATURES: dict[str, Feature] = {
     "prefix LM": _prefix_lm,
     "ALiBi": _alibi,
     "ALiBi and more": _alibi_and_more,
+    "dropout": _dropout,
+    "dropout and more": _dropout_and_more,
     "everything": _everything,
 }
 

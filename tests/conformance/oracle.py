@@ -47,6 +47,39 @@ def visible_pairs(queries: int, keys: int, batch: int, keywords: dict[str, Any])
     return seen
 
 
+def _product(x, factor):
+    return x * np.uint32(factor)
+
+
+def _mixed(state, number):
+    """MurmurHash3's state after the low and the high word of a number, in unsigned words that overflow."""
+    for word in (number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF):
+        word = _product(word.astype(np.uint32), 0xCC9E2D51)
+        word = _product((word << np.uint32(15)) | (word >> np.uint32(17)), 0x1B873593)
+        state = state ^ word
+        state = _product((state << np.uint32(13)) | (state >> np.uint32(19)), 5) + np.uint32(0xE6546B64)
+    return state
+
+
+def _finalised(x):
+    x = _product(x ^ (x >> np.uint32(16)), 0x85EBCA6B)
+    x = _product(x ^ (x >> np.uint32(13)), 0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+def kept_pairs(rate, seed, batch, heads, rows, columns) -> np.ndarray:
+    """[B, H, S, T]: what dropout multiplies weights with, of queries at positions ``rows`` [B, S]."""
+    axes = np.arange(batch)[:, None, None, None], np.arange(heads)[:, None, None], rows[:, None, :, None]
+    with np.errstate(over="ignore"):
+        state = _mixed(np.zeros((1, 1, 1, 1), np.uint32), np.full((1, 1, 1, 1), seed))
+        for number in axes:
+            state = _mixed(state, number.astype(np.int64))
+        of_row, of_key = _finalised(state), _mixed(np.zeros(len(columns), np.uint32), np.asarray(columns, np.int64))
+        drawn = _product(_finalised(of_row + of_key) ^ _product(of_row, 0x9E3779B1), 0xC2B2AE35)
+        drawn ^= drawn >> np.uint32(16)
+    return np.where(drawn.astype(float) < round(rate * 2**32), 0.0, 1 / (1 - rate))
+
+
 def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     """The truth for arrays [B, H, S, D] of any float dtype, as they are after rounding to it."""
     keys = k.shape[2]
@@ -92,14 +125,20 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     power = np.where(seen, np.exp(np.where(seen, scores - top, -np.inf)), 0.0)
     total = power.sum(-1, keepdims=True)
     weights = power / np.where(some, total, 1.0)
-    out = weights @ v_full
+    factor = np.ones(())
+    if keywords.get("dropout"):
+        rows = np.arange(q.shape[2])[None] + np.broadcast_to(keywords.get("query_offset", 0), (q.shape[0],))[:, None]
+        columns = [*range(-before, 0), *range(keys)]
+        factor = kept_pairs(keywords["dropout"], keywords["dropout_seed"], *q.shape[:2], rows, columns)
+        factor = np.concatenate([factor, np.ones_like(factor[..., :1])], axis=-1)  # the sink's
+    out = (weights * factor) @ v_full
     lse = np.where(some, top + np.log(np.where(some, total, 1.0)), -np.inf)[..., 0]
 
     # Gradients by the chain rule through the full softmax matrix.
-    dweights = dout @ np.swapaxes(v_full, -1, -2)
+    dweights = factor * (dout @ np.swapaxes(v_full, -1, -2))
     dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True) + dlse[..., None])
     dsinks = dscores[..., -1].sum((0, 2))
-    weights, dscores, seen, v_full = weights[..., :-1], dscores[..., :-1], seen[..., :-1], v_full[:, :, :-1]
+    weights, dscores, seen, v_full = (weights * factor)[..., :-1], dscores[..., :-1], seen[..., :-1], v_full[:, :, :-1]
     draw = np.where(seen, dscores * slope * scale, 0.0)
     fold = (q.shape[0], k.shape[1], group)
     gradients: dict[str, np.ndarray] = {

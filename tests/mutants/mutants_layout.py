@@ -266,8 +266,8 @@ MUTANTS = (
     Mutant(
         "mask laid on replicated keys",
         "ringcore/work.py",
-        "self._visit(self.prefix, self.prefix_tiles(), _NOTHING)",
-        "self._visit(self.prefix, self.prefix_tiles(), self.on_scores)",
+        "self._visit(self.prefix, self.prefix_tiles, _NOTHING)",
+        "self._visit(self.prefix, self.prefix_tiles, self.on_scores)",
         RING,
         "out_and_lse and prefix_reduced",
         error="ValueError",
@@ -275,9 +275,9 @@ MUTANTS = (
     Mutant(
         "prefix left out of the gradient of q",
         "ringcore/work.py",
-        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, _NOTHING, None)\n",
+        "            found = visit(forward.prefix, forward.prefix_tiles, wanted, _NOTHING, None)\n",
         "            without = None if self.dq is None else self.dq + 0\n"
-        "            found = visit(forward.prefix, forward.prefix_tiles(), wanted, _NOTHING, None)\n"
+        "            found = visit(forward.prefix, forward.prefix_tiles, wanted, _NOTHING, None)\n"
         "            self.dq = without\n",
         RING,
         "gradients and prefix",
@@ -337,6 +337,54 @@ MUTANTS = (
         "tile.band",
         f"{PLAN}/test_positions.py",
         "each_visible_pair",
+    ),
+    Mutant(
+        "dropout by places in the shard",
+        "ringcore/dropout.py",
+        "xp.arange(places.start, places.stop, places.step,",
+        "xp.arange(0, len(places), 1,",
+        RING,
+        "out_and_lse and dropout",
+    ),
+    Mutant(
+        "dropped weights left out of their sum",
+        "ringcore/tile.py",
+        "total = xp.sum(weights, axis=-1)",
+        "total = xp.sum(self.dropped(weights), axis=-1)",
+        RING,
+        "out_and_lse and dropout",
+    ),
+    Mutant(
+        "dropout forgotten in the gradient of scores",
+        "ringcore/tile.py",
+        "self.dropped(dout @ self.xp.matrix_transpose(self.v))",
+        "(dout @ self.xp.matrix_transpose(self.v))",
+        RING,
+        "gradients and dropout",
+    ),
+    Mutant(
+        "dropout forgotten in the gradient of v",
+        "ringcore/tile.py",
+        "block.product(block.dropped(weights), do, transposed=True)",
+        "block.product(weights, do, transposed=True)",
+        RING,
+        "gradients and dropout",
+    ),
+    Mutant(
+        "the same weights dropped in every head",
+        "ringcore/dropout.py",
+        "(tile.batch, tile.q_heads))",
+        "(tile.batch, slice(0, 1)))",
+        RING,
+        "out_and_lse and dropout",
+    ),
+    Mutant(
+        "kept weights not made larger",
+        "ringcore/dropout.py",
+        "return kept / (1.0 - score.dropout)",
+        "return kept",
+        "tests/test_dropout.py",
+        "on_average",
     ),
     Mutant(
         "sums over ranks in the order in which they came",

@@ -1,0 +1,67 @@
+"""Which weights dropout takes away: a function of seed, batch entry, head and positions alone, the same everywhere.
+
+Numbers are words of 32 bits in int64: products are made of 16 bits at a time, because the array API standard leaves an
+overflow undefined, and not every library multiplies unsigned words. Words are mixed as MurmurHash3 does it (Appleby,
+public domain), rows first; each pair then costs three products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+
+from ringcore.values import Array, Score, Tile, namespace
+
+_WORD = 0xFFFFFFFF
+_FIRST, _SECOND = 0xCC9E2D51, 0x1B873593
+_LAST, _LAST_BUT_ONE, _AGAIN = 0xC2B2AE35, 0x85EBCA6B, 0x9E3779B1
+
+
+def kept_weights(score: Score, tile: Tile, like: Array, dtype: Any) -> Array:
+    """What dropout multiplies the tile's weights [B, H, s, t] with: 0, or 1 / (1 - rate).
+
+    tile: of one range of rows and one of columns. like: an array of the library and on the device to compute with.
+    """
+    xp, device = namespace(like), array_api_compat.device(like)
+
+    def numbers(places: range, axis: int) -> Array:
+        shape = [1] * 4
+        shape[axis] = len(places)
+        found = xp.arange(places.start, places.stop, places.step, dtype=xp.int64, device=device)
+        return xp.reshape(found, tuple(shape))
+
+    ((rows,), (columns,)) = tile.row_positions, tile.column_positions
+    leading = (range(part.start, part.stop) for part in (tile.batch, tile.q_heads))
+    of_row: Array | int = _absorbed(_absorbed(0, score.seed & _WORD), score.seed >> 32 & _WORD)
+    for axis, places in enumerate((*leading, rows)):
+        position = numbers(places, axis)
+        of_row = _absorbed(_absorbed(of_row, position & _WORD), position >> 32 & _WORD)
+    key = numbers(columns, 3)
+    of_key = _absorbed(_absorbed(0, key & _WORD), key >> 32 & _WORD)
+    of_row = _finished(of_row)
+    pairs = _finished((of_row + of_key) & _WORD)
+    pairs = _times(pairs ^ _times(of_row, _AGAIN), _LAST)
+    drawn = pairs ^ (pairs >> 16)
+    kept = xp.astype(drawn >= round(score.dropout * (_WORD + 1)), dtype)
+    return kept / (1.0 - score.dropout)
+
+
+def _times(x: Any, factor: int) -> Any:
+    """The low word of a product."""
+    return ((((x >> 16) * factor & 0xFFFF) << 16) + (x & 0xFFFF) * factor) & _WORD
+
+
+def _turned(x: Any, bits: int) -> Any:
+    return ((x << bits) | (x >> (32 - bits))) & _WORD
+
+
+def _absorbed(state: Any, word: Any) -> Any:
+    state = state ^ _times(_turned(_times(word, _FIRST), 15), _SECOND)
+    return (_turned(state, 13) * 5 + 0xE6546B64) & _WORD
+
+
+def _finished(x: Any) -> Any:
+    x = _times(x ^ (x >> 16), _LAST_BUT_ONE)
+    x = _times(x ^ (x >> 13), _LAST)
+    return x ^ (x >> 16)
