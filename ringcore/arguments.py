@@ -151,12 +151,12 @@ def check_arguments(
 
 def _put_in_order(inputs: Inputs, axes: str) -> Inputs:
     """q, k, v and the prefix as [B, H, S, D], bias and mask with four axes."""
-    rows = {name: getattr(inputs, name) for name in ("q", "k", "v", "prefix_k", "prefix_v")}
-    terms = {"bias": inputs.bias, "mask": inputs.mask}
-    return inputs._replace(
-        **{name: x if x is None else swap_axes(x, axes) for name, x in rows.items()},
-        **{name: x if x is None else _in_four_axes(x) for name, x in terms.items()},
-    )
+    q, k, v, bias, mask, sinks, prefix_k, prefix_v, alibi = inputs
+    if prefix_k is not None and prefix_v is not None:
+        prefix_k, prefix_v = swap_axes(prefix_k, axes), swap_axes(prefix_v, axes)
+    bias, mask = (x if x is None else _in_four_axes(x) for x in (bias, mask))
+    q, k, v = swap_axes(q, axes), swap_axes(k, axes), swap_axes(v, axes)
+    return Inputs(q, k, v, bias, mask, sinks, prefix_k, prefix_v, alibi)
 
 
 def swap_axes(x: Array, axes: str) -> Array:

@@ -229,7 +229,7 @@ class Prepared:
     """A checked call that can run: forward once, backward as often as one likes."""
 
     def __init__(self, arguments: Arguments, session: Session, kernels: Kernels) -> None:
-        self.arguments, self.session = arguments, session
+        self.arguments, self.session, self._xp = arguments, session, namespace(arguments.q)
         deal = session.deal
         qs, ks, vs = (
             session.split(x, layout)
@@ -270,7 +270,7 @@ class Prepared:
         kept = accumulation_dtype(self.arguments.q) if keep_wide else dtype
         finished = [work.finish(kept) for work in self._works]
         wide, maximum, total = (session.join(parts, layout) for parts in zip(*finished, strict=True))
-        return Result(namespace(wide).astype(wide, dtype, copy=False), wide, maximum, total)
+        return Result(self._xp.astype(wide, dtype, copy=False), wide, maximum, total)
 
     def _backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
         arguments, session = self.arguments, self.session
@@ -307,13 +307,13 @@ class Prepared:
 
     def _in_dtype(self, name: str, gradient: Array) -> Array:
         """The gradient in the dtype of its input."""
-        xp, like = namespace(gradient), getattr(self.arguments, name)
-        return xp.astype(gradient, like.dtype, copy=False)
+        like = getattr(self.arguments, name)
+        return self._xp.astype(gradient, like.dtype, copy=False)
 
     def _as_it_came(self, name: str, gradient: Array) -> Array:
         """The gradient in the shape and axes in which its input was given."""
         if name == "bias":
-            return namespace(gradient).reshape(gradient, self.arguments.bias_shape)
+            return self._xp.reshape(gradient, self.arguments.bias_shape)
         return gradient if name == "sinks" else swap_axes(gradient, self.arguments.axes)
 
 

@@ -209,7 +209,7 @@ MUTANTS = (
         "gradient dtype hard-coded",
         "ringcore/call.py",
         "xp.astype(gradient, like.dtype, copy=False)",
-        "xp.astype(gradient, xp.float32, copy=False)",
+        "xp.astype(gradient, self._xp.float32, copy=False)",
         RING,
         "gradients and plain",
     ),

@@ -137,7 +137,7 @@ MUTANTS = (
     Mutant(
         "out left in the accumulation dtype",
         "ringcore/call.py",
-        "return Result(namespace(wide).astype(wide, dtype, copy=False), wide, maximum, total)",
+        "return Result(self._xp.astype(wide, dtype, copy=False), wide, maximum, total)",
         "return Result(wide, wide, maximum, total)",
         PRECISION,
         "half_types_are_rounded_once",
