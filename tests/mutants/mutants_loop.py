@@ -216,7 +216,7 @@ MUTANTS = (
     Mutant(
         "gradient left in the accumulation dtype",
         "ringcore/call.py",
-        "xp.astype(gradient, like.dtype, copy=False)",
+        "self._xp.astype(gradient, like.dtype, copy=False)",
         "gradient",
         PRECISION,
         "half_types_are_rounded_once",
