@@ -52,13 +52,14 @@ def settle(
     rank = 0 if ring is None else find_transport(ring).rank
     # Without a ring of processes the whole sequence is here, in order, however it is dealt out.
     dealt = layout_of_lengths("contiguous" if ring is None else layout, [note["rows"] for note in notes], "the batch")
-    found = Settled(_add_tokens(notes), _documents(notes))
+    packed = _documents(notes)
+    found = Settled(_add_tokens(notes), _in_chunks(packed, mask.chunk, dealt.length))
 
     def compare() -> dict[str, Any]:
         places = torch.cat([torch.arange(r.start, r.stop, r.step) for r in dealt.shards[rank]] or [torch.arange(0)])
-        due = places if found.documents is None else _places_in_documents(found.documents, dealt, rank)
-        packed = mask.packed, found.documents is not None
-        _check_positions(position_ids, due.to(query.device), *packed, f"rank {rank} of {dealt.size}")
+        due = places if packed is None else _places_in_documents(packed, dealt, rank)
+        jumps = mask.packed, packed is not None
+        _check_positions(position_ids, due.to(query.device), *jumps, f"rank {rank} of {dealt.size}")
         if found.key_lengths is not None:
             _check_padding(mask.padding, places.to(query.device), found.key_lengths)
         return {}
@@ -130,6 +131,16 @@ def _documents(notes: list[dict[str, Any]]) -> Documents | None:
             )
     ends = notes[0]["ends"]
     return None if ends is None else Documents.from_cu_seqlens(ends)
+
+
+def _in_chunks(documents: Documents | None, chunk: int | None, length: int) -> Documents | None:
+    """Documents that end with chunks of the sequence as well as where they do."""
+    if chunk is None or not length:
+        return documents
+    starts = set(range(0, length, chunk))
+    if documents is not None:
+        starts |= {start for start, _, _ in documents.runs[0] if start < length}
+    return Documents.from_cu_seqlens([*sorted(starts), length])
 
 
 def _places_in_documents(documents: Documents, dealt: Layout, rank: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ringcore_transformers.keywords import check_dropout, check_keywords
 from ringcore_transformers.model_mask import ModelMask, read_mask
 
 # Of the kinds that a config's layer_types may name, those whose layers mix positions by attention alone.
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def register(
@@ -102,6 +102,7 @@ class RingAttention:
                 )
             if self.ring is not None:
                 _check_split(module, attention_mask)
+                _check_temperature(module)
 
         ends = cu_seq_lens_q, cu_seq_lens_k
         settled = settle(self.ring, self.layout, mask, query, position_ids, ends, check)
@@ -111,6 +112,14 @@ class RingAttention:
             layout=self.layout, kernels=self.kernels,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
+
+
+def _check_temperature(module: torch.nn.Module) -> None:
+    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        raise UnsupportedError(
+            f"{type(module).__name__} scales queries by their places on this rank, not in the whole sequence. Set "
+            "attn_temperature_tuning to False in the model's config, which changes nothing up to floor_scale tokens."
+        )
 
 
 def _check_mask(mask: Any, is_causal: bool, sliding_window: int | None) -> None:

@@ -21,7 +21,10 @@ class MaskReadError(UnsupportedError, AttributeError):
 
 @dataclass(frozen=True)
 class Settled:
-    """What the ranks agreed on for a forward pass: the keys of each batch entry, and packed documents; None is all."""
+    """What the ranks agreed on for a forward pass: the keys of each batch entry, and packed documents; None is all.
+
+    Chunks are documents too.
+    """
 
     key_lengths: tuple[int, ...] | None
     documents: Documents | None
@@ -32,13 +35,15 @@ class ModelMask:
     """The mask of one forward pass, which a model hands from layer to layer without looking into it.
 
     causal, window: as in `ringcore.ring_attention`. packed: whether transformers took jumps of the position ids for
-    borders of documents. padding: [B, columns], True for a token, False for padding, or None. rows: the tokens here.
-    settled: what the ranks agreed on; found by the first layer, read by the others.
+    borders of documents. chunk: of how many positions those are that see each other and nothing before; None is all.
+    padding: [B, columns], True for a token, False for padding, or None. rows: the tokens here. settled: what the ranks
+    agreed on; found by the first layer, read by the others.
     """
 
     causal: bool
     window: Window = (None, None)
     packed: bool = False
+    chunk: int | None = None
     padding: torch.Tensor | None = None
     settled: list[Settled] = field(default_factory=list)
 
@@ -51,7 +56,7 @@ class ModelMask:
     def narrowed(self, window: Window) -> ModelMask:
         """This mask and a window: both must let a key through."""
         left, right = (_smaller(mine, other) for mine, other in zip(self.window, window, strict=True))
-        return ModelMask(self.causal, (left, right), self.packed)
+        return ModelMask(self.causal, (left, right), self.packed, self.chunk)
 
 
 def read_mask(function: Callable[..., Any]) -> ModelMask:
@@ -68,12 +73,14 @@ def read_mask(function: Callable[..., Any]) -> ModelMask:
             mask = mask.narrowed((_captured(part, "sliding_window") - 1, None))
         elif made_by == "sliding_window_bidirectional_overlay":
             mask = mask.narrowed((_captured(part, "sliding_window"),) * 2)
+        elif made_by == "chunked_overlay":  # counted from the first token: padding on the left is refused
+            mask.chunk = _captured(part, "chunk_size")
         elif made_by == "packed_sequence_mask_function":
             mask.packed = True
         elif made_by != "bidirectional_mask_function":
             raise UnsupportedError(
                 f"the model's mask is made by {part.__module__}.{part.__qualname__}, which ring attention lacks; it "
-                "has causal and bidirectional masks, sliding windows and padding on the right. Use another "
+                "has causal and bidirectional masks, sliding windows, chunks and padding on the right. Use another "
                 "attn_implementation for this model."
             )
     return mask

@@ -10,7 +10,7 @@ GROUPED = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "he
 ENCODER = {**SIZES, "max_position_embeddings": 64}
 SPECIAL = "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"
 HYBRID = ["full_attention", "sliding_attention"]
-EAGER = "gemma2", "gpt_oss"  # softcap and sinks transformers has in its eager attention alone
+EAGER = "gemma2", "gpt_oss", "llama4"  # softcap and sinks transformers has in its eager attention alone; float32 inside
 
 CONFIGS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**GROUPED)),
@@ -30,6 +30,13 @@ CONFIGS = {
         transformers.GptOssConfig(
             **GROUPED, sliding_window=5, layer_types=HYBRID, num_local_experts=2, num_experts_per_tok=2,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "llama4": (  # with chunks
+        transformers.Llama4ForCausalLM,
+        transformers.Llama4TextConfig(
+            **GROUPED, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=4,
+            layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0], attn_temperature_tuning=False,
         ),
     ),
     "gpt2": (

@@ -78,6 +78,15 @@ def test_the_tiny_models_depend_on_their_windows(name):
     assert (run(model, ORACLE[name], **batch)[0] - came).abs().max() > 1e-3
 
 
+def test_the_tiny_llama4_depends_on_its_chunks():
+    model, ids = build("llama4"), draw_ids()
+    with_chunks, _ = run(model, "ring_in_process", input_ids=ids)
+    model.config.attention_chunk_size = 64
+    without, _ = run(model, "ring_in_process", input_ids=ids)
+    assert torch.allclose(without[:, :4], with_chunks[:, :4])  # the first chunk sees what it saw
+    assert not torch.allclose(without[:, 4:], with_chunks[:, 4:], rtol=0.01)
+
+
 def test_the_tiny_gpt_oss_depends_on_its_sinks():
     model, batch = build("gpt_oss"), {"input_ids": draw_ids()}
     came = run(model, "eager", **batch)[0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import build, draw_ids, run
-from transformers import AttentionInterface, Llama4ForCausalLM, Llama4TextConfig
+from transformers import AttentionInterface
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -44,14 +44,15 @@ def test_attention_dropout_in_training(ring):
     run(model, "ring_in_process", input_ids=draw_ids())
 
 
-def test_chunked_attention(ring):
-    config = Llama4TextConfig(
-        hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=61, num_local_experts=2, attention_chunk_size=4,
-    )  # fmt: skip
-    model = Llama4ForCausalLM._from_config(config, attn_implementation="ring_in_process")
-    with pytest.raises(UnsupportedError, match="chunked_overlay"):
-        model(input_ids=draw_ids())
+def test_queries_scaled_by_their_places_are_refused_on_a_ring_of_processes():
+    model = build("llama4")
+    for layer in model.model.layers:
+        layer.self_attn.attn_temperature_tuning = True
+    ringcore_transformers.register("ring_of_one", ring=OfOne())
+    with pytest.raises(UnsupportedError, match="scales queries by their places on this rank"):
+        run(model, "ring_of_one", input_ids=draw_ids())
+    ringcore_transformers.register("ring_in_process", ring_size=3)
+    run(model, "ring_in_process", input_ids=draw_ids())  # where all places are those of the whole sequence
 
 
 @pytest.mark.parametrize(
@@ -239,6 +240,12 @@ def test_a_mask_is_read_as_its_function_says(name):
     assert torch.equal(function(0, 0, i, j).expand(9, 9), seen)
 
 
+def test_chunks_are_read_as_such():
+    assert read_mask(chunked_causal_mask_function(3, torch.zeros(1))) == ModelMask(True, chunk=3)
+    both = and_masks(sliding_window_overlay(2), chunked_causal_mask_function(3, torch.zeros(1)))
+    assert read_mask(both) == ModelMask(True, (1, None), chunk=3)
+
+
 def test_the_borders_of_documents_are_read_as_such():
     packed = packed_sequence_mask_function(torch.tensor([[0, 0, 1]]))
     assert read_mask(and_masks(causal_mask_function, packed)) == ModelMask(True, packed=True)
@@ -250,7 +257,6 @@ def test_the_borders_of_documents_are_read_as_such():
         or_masks(causal_mask_function, sliding_window_overlay(2)),
         and_masks(causal_mask_function, lambda b, h, i, j: i > j),
         and_masks(causal_mask_function, padding_mask_function(torch.ones(1, 9))),
-        chunked_causal_mask_function(3, torch.zeros(1)),
         torch.ones,
     ],
 )
