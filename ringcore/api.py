@@ -94,7 +94,8 @@ def ring_attention(
             1 - dropout. lse stays what it is. Which ones is a function of dropout_seed, batch entry, head and positions
             alone: any ring, layout and library drops the same.
         dropout_seed: a whole number, the same on every rank; another one for each call drops others.
-        layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions.
+        layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions. "auto", without
+            ``ring``, is the one with which the most loaded rank has the least work.
         q_layout, k_layout: the same for q (and out), and for k and v, where they differ.
         reduce_replicated: for Torch, whose autograd makes gradients: those of sinks, of prefix and of a bias with one
             row, which are else this rank's share, are the sum over all ranks, the same on each.

@@ -13,7 +13,7 @@ import array_api_compat
 from ringcore.documents import Documents, read_documents
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, UnsupportedError
 from ringcore.integers import integers_of_entries, is_integer
-from ringcore.layout import Layout, check_layout_name
+from ringcore.layout import AUTO, Layout, check_layout_name
 from ringcore.partial import FLOATING, accumulation_dtype, dtype_name
 from ringcore.positions import Mask, shown
 from ringcore.values import Array, Score, Tile, namespace
@@ -114,6 +114,8 @@ def check_arguments(
     _check_shapes(inputs, axes)
     _check_prefix(inputs, axes)
     for name, given in (("layout", layout), ("q_layout", q_layout), ("k_layout", k_layout)):
+        if given == AUTO and name == "layout" and q_layout is None and k_layout is None:
+            continue
         if given is not None or name == "layout":
             check_layout_name(given, name)
     check_flag("causal", causal)

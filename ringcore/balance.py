@@ -10,7 +10,7 @@ from ringcore.arguments import check_flag, check_window
 from ringcore.documents import read_documents
 from ringcore.errors import KeywordError, LayoutError
 from ringcore.integers import integers_of_entries, is_integer
-from ringcore.layout import Layout
+from ringcore.layout import NAMED, Layout
 from ringcore.schedule import ring_plans
 from ringcore.tiling import Visibility, tiles_between
 from ringcore.values import Band, Plan, Tile
@@ -18,6 +18,7 @@ from ringcore.values import Band, Plan, Tile
 LAUNCH = 500_000
 """Visible pairs of 16 heads of 128 columns that a GPU of 2024 computes while it starts on one more tile."""
 
+_MOST = 8  # pieces of a rank
 _ROUNDS = 200  # of exchanging two pieces
 
 
@@ -30,7 +31,7 @@ def balanced(
     documents: Any = None,
     cu_seqlens: Any = None,
     key_lengths: Sequence[int] | None = None,
-    pieces: int = 8,
+    pieces: int = _MOST,
     launch: int = LAUNCH,
 ) -> Layout:
     """The layout of ``length`` positions over ``size`` ranks that gives each the same work in such a call.
@@ -64,6 +65,15 @@ def balanced(
     counts = [pieces >> shift for shift in reversed(range(pieces.bit_length()))]
     candidates = [_dealt(length, size, count, visibility, launch) for count in counts]
     return min(candidates, key=lambda layout: max(loads(ring_plans(layout, layout, visibility), launch)))
+
+
+def lightest(visibility: Visibility, q_length: int, k_length: int, size: int) -> tuple[Layout, Layout]:
+    """Of named and balanced layouts those for q and for k and v with which the most loaded rank has the least work."""
+    pairs_of_layouts = [(deal(q_length, size), deal(k_length, size)) for deal in NAMED.values()]
+    if q_length == k_length:
+        dealt = [_dealt(q_length, size, 1 << shift, visibility, LAUNCH) for shift in range(_MOST.bit_length())]
+        pairs_of_layouts += zip(dealt, dealt, strict=True)
+    return min(pairs_of_layouts, key=lambda both: max(loads(ring_plans(*both, visibility))))
 
 
 def loads(plans: Sequence[Plan], launch: int = LAUNCH) -> list[int]:

@@ -24,9 +24,9 @@ from ringcore.arguments import (
 )
 from ringcore.discovery import choose_kernels, find_arithmetic, find_transport
 from ringcore.documents import read_documents
-from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, TransportError
+from ringcore.errors import DeviceError, DtypeError, KeywordError, LayoutError, ShapeError, TransportError
 from ringcore.integers import is_integer
-from ringcore.layout import Layout
+from ringcore.layout import AUTO, Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.positions import Mask
 from ringcore.protocols import Kernels, Transport
@@ -171,6 +171,11 @@ class Call:
     def choose(self, inputs: Inputs) -> tuple[Arguments, Kernels, list[str]]:
         """The checked arguments, who computes, and why each one before was passed over; nothing is sent."""
         _check_ring_size(self.ring, self.ring_size)
+        if self.ring is not None and self.layout == AUTO:
+            raise LayoutError(
+                'layout is "auto", but the shards were dealt before this call. Deal them with '
+                "layout = ringcore.balanced(...), which is told of causal, window and documents, and give that layout."
+            )
         arguments = check_arguments(
             inputs, causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap,
             dropout=self.dropout, dropout_seed=self.dropout_seed, query_offset=self.query_offset,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringcore.arguments import Inputs, check_flag
+from ringcore.arguments import Arguments, Inputs, check_flag
 from ringcore.call import Call
 from ringcore.discovery import find_transport
 from ringcore.layout import Layout
@@ -20,17 +20,20 @@ class Explanation:
     """Why a call runs as it does; ``str`` of it gives one fact a line.
 
     kernels: the name of those that compute. passed: "name: why not" of each that was passed over before them.
-    ring: where the ranks are and how blocks travel. layout: its name, or that of q's and that of k's and v's.
+    ring: where the ranks are and how blocks travel. layout: its name, or that of q's and that of k's and v's. costs:
+    what some of the keywords cost.
     """
 
     kernels: str
     passed: tuple[str, ...]
     ring: str
     layout: str
+    costs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         facts = [("kernels", self.kernels), *(("", f"not {reason}") for reason in self.passed)]
         facts += [("ring", self.ring), ("layout", self.layout)]
+        facts += [("costs" if place == 0 else "", cost) for place, cost in enumerate(self.costs)]
         return "\n".join(f"{name:<9}{fact}" for name, fact in facts)
 
 
@@ -98,8 +101,18 @@ def explain(
             transport.check(arguments.q, arguments.k, arguments.v)
         where = transport_words(transport)
     return Explanation(
-        chosen.capabilities.name, tuple(passed), where, _layout_words(arguments.q_layout, arguments.k_layout)
-    )
+        chosen.capabilities.name, tuple(passed), where, _layout_words(arguments.q_layout, arguments.k_layout),
+        tuple(_costs(arguments)),
+    )  # fmt: skip
+
+
+def _costs(arguments: Arguments) -> Iterator[str]:
+    if arguments.mask_of is not None:
+        yield "mask: the function is asked for blocks of 1,024 x 1,024 pairs, forward and again backward"
+    if arguments.alibi is not None:
+        yield "alibi: a bias that is made for blocks of 4 million numbers, forward and again backward"
+    if arguments.score.dropout:
+        yield "dropout: no fused kernel can do it; what stays is drawn for each pair, forward and again backward"
 
 
 def _layout_words(*layouts: str | Layout) -> str:

@@ -105,6 +105,10 @@ def from_lengths(lengths: Iterable[int]) -> Layout:
 NAMED: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 
 
+AUTO = "auto"
+"""The name of whichever layout suits a call that has whole arrays."""
+
+
 def resolve_layout(layout: str | Layout, length: int, size: int, what: str = "the sequence") -> Layout:
     """The layout of ``length`` positions over ``size`` ranks: by name, or checked if it is a Layout.
 

@@ -11,8 +11,9 @@ from typing import Protocol, cast
 
 from ringcore.agreement import Agreed, Note, agree
 from ringcore.arguments import Arguments, check_columns
+from ringcore.balance import lightest
 from ringcore.exchange import InPlace, run_rank
-from ringcore.layout import Layout, layout_of_lengths, resolve_layout
+from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
 from ringcore.local import run_local
 from ringcore.partition import shard, unshard
 from ringcore.protocols import OneSided, Transport
@@ -82,9 +83,13 @@ class LocalSession:
 
     def __init__(self, arguments: Arguments, size: int) -> None:
         q_length, k_length = arguments.q.shape[2], arguments.k.shape[2]
-        q_layout = resolve_layout(arguments.q_layout, q_length, size, "q")
-        k_layout = resolve_layout(arguments.k_layout, k_length, size, "k")
-        self.deal = Deal.of(q_layout, k_layout, visibility_of(arguments, q_length, k_length))
+        visibility = visibility_of(arguments, q_length, k_length)
+        if AUTO in (arguments.q_layout, arguments.k_layout):
+            q_layout, k_layout = lightest(visibility, q_length, k_length, size)
+        else:
+            q_layout = resolve_layout(arguments.q_layout, q_length, size, "q")
+            k_layout = resolve_layout(arguments.k_layout, k_length, size, "k")
+        self.deal = Deal.of(q_layout, k_layout, visibility)
         self.ranks = range(size)
         self._whole = q_layout.whole and k_layout.whole
 

@@ -116,6 +116,7 @@ WRONG = {
     "prefix of one array": ({"prefix": np.zeros((2, 2, 3, 6))}, KeywordError, "prefix must hold two arrays"),
     "prefix of another width": ({"prefix": (np.zeros((2, 2, 3, 5)),) * 2}, ShapeError, "the k of prefix has shape"),
     "reduce_replicated": ({"reduce_replicated": "yes"}, KeywordError, "reduce_replicated is 'yes'"),
+    "layout that is too late": ({"layout": "auto"}, LayoutError, "the shards were dealt before"),
     "layout of q": ({"q_layout": "spiral"}, LayoutError, "q_layout is 'spiral'"),
     "ring size": ({"ring_size": 2}, KeywordError, "ring_size=2 came together"),
 }

@@ -181,6 +181,13 @@ def test_a_layout_of_ones_own_is_named():
     assert explain(Q, K, V, layout=ringcore.striped(6, 2), ring_size=2).layout == "striped"
 
 
+def test_what_terms_of_positions_cost_is_said():
+    found = explain(Q, K, V, mask=lambda i, j: i >= j, alibi=np.zeros(Q.shape[1]))
+    assert [cost.partition(":")[0] for cost in found.costs] == ["mask", "alibi"]
+    assert str(found).splitlines()[-2:] == [f"costs    {found.costs[0]}", f"         {found.costs[1]}"]
+    assert explain(Q, K, V).costs == ()
+
+
 def test_the_text_has_one_fact_a_line():
     found = Explanation("reference", ("torch.cpu: they have no bias", "best: too slow"), "local", "zigzag")
     assert str(found).splitlines() == [

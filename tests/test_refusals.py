@@ -264,6 +264,12 @@ def test_ring_and_ring_size_together_are_refused():
     refused(lambda: ring_attention(Q, K, V, ring=Ring(), ring_size=2), KeywordError, said)
 
 
+def test_auto_is_a_layout_of_whole_arrays_alone():
+    for keywords in ({"q_layout": "auto"}, {"layout": "auto", "k_layout": "zigzag"}):
+        refused(lambda given=keywords: ring_attention(Q, K, V, ring_size=2, **given), LayoutError, ["'auto'"])
+    refused(lambda: ringcore.shard(Q, "auto", 0, 2), LayoutError, ["'auto'"])
+
+
 @pytest.mark.parametrize("prefix", [K, (K,), (K, V, V), (None, V), (K, None), 3])
 def test_a_prefix_that_is_no_pair_is_refused(prefix):
     for function in (ring_attention, ring_attention_vjp, ringcore.explain):

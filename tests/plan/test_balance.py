@@ -11,6 +11,7 @@ from pairs import computed, shown
 import ringcore
 from ringcore import Band, KeywordError, LayoutError, Tile, balanced
 from ringcore.balance import loads, pairs
+from ringcore.call import Call
 from ringcore.schedule import ring_plans
 from ringcore.tiling import Visibility
 
@@ -109,3 +110,32 @@ def test_attention_is_the_same(length, size):
 def test_bad_input_is_refused(keywords, error, said):
     with pytest.raises(error, match=said):
         balanced(**{"length": 6, "size": 2, **keywords})
+
+
+def test_auto_has_the_least_work_of_all():
+    rng = np.random.default_rng(3)
+    ids = np.repeat(np.arange(12), rng.integers(1, 60, 12))
+    for keywords in ({}, {"causal": True}, {"causal": True, "documents": ids}, {"window": (9, 3)}):
+        given = {"causal": False, "window": None, **keywords}
+        call = Call(
+            "test", ring=None, ring_size=4, scale=None, softcap=None, query_offset=0, key_lengths=None, layout="auto",
+            axes="bhsd", kernels=None, **given,
+        )  # fmt: skip
+        x = np.zeros((1, 1, len(ids), 2))
+        deal = call.prepare(ringcore.Inputs(x, x, x)).session.deal
+        least = max(loads(deal.plans))
+        for name in ("contiguous", "zigzag", "striped"):
+            layout = ringcore.resolve_layout(name, len(ids), 4)
+            assert least <= max(loads(ring_plans(layout, layout, deal.visibility)))
+        out = ringcore.ring_attention(
+            *(rng.standard_normal(x.shape) for _ in range(3)), ring_size=4, layout="auto", **keywords
+        )
+        assert out.shape == x.shape
+
+
+def test_auto_for_other_lengths_of_q_and_k():
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((1, 2, length, 4)) for length in (9, 31, 31))
+    due = ringcore.ring_attention(q, k, v, causal=True, query_offset=22)
+    out = ringcore.ring_attention(q, k, v, causal=True, query_offset=22, ring_size=3, layout="auto")
+    assert np.abs(out - due).max() < 1e-12
