@@ -9,6 +9,7 @@ import ringcore
 from ringcore.local import run_local
 from ringcore.replicated import SumWork, sum_plans
 from ringcore.ring import ring
+from ringcore.values import span
 
 
 def shares(size, dtype="float32"):
@@ -44,6 +45,7 @@ def test_visitors_memory_may_be_overwritten():
 
 def test_each_block_visits_all_ranks_and_nothing_is_carried():
     for plan in sum_plans(4):
+        assert all(span(step.tiles) == range(1) for step in plan.steps)  # what no tile reads is not fetched
         assert [step.block for step in plan.steps] == [(plan.rank - hop) % 4 for hop in range(4)]
         assert not SumWork((), plan.rank, 4).carried_specs(plan.home[0] if plan.home else None)
 
