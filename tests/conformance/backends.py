@@ -10,7 +10,7 @@ from inspect import signature
 from typing import Any
 
 import numpy as np
-from cases import Case, half_cases, half_layout_cases
+from cases import Case, either_half_cases, half_cases, half_layout_cases
 from launched import world
 
 import ringcore
@@ -134,6 +134,7 @@ class Jax(Backend):
     """JAX, eager."""
 
     name = "jax"
+    further_cases = (either_half_cases,)  # it compiles every operation for every shape
 
     @cached_property
     def np(self) -> Any:

@@ -348,6 +348,12 @@ def half_cases(sizes: tuple[int, ...]) -> list[Case]:
     return [case for dtype in HALF_DTYPES for case in few_cases(sizes, (dtype,))]
 
 
+def either_half_cases(sizes: tuple[int, ...]) -> list[Case]:
+    """Every keyword once in either half type."""
+    both = zip(*(few_cases(sizes, (dtype,)) for dtype in HALF_DTYPES), strict=True)
+    return [pair[place % len(pair)] for place, pair in enumerate(both)]
+
+
 def half_layout_cases(sizes: tuple[int, ...]) -> list[Case]:
     """Causal half types on every layout: tiles that fused kernels take whole or in part."""
     few = [size for size in sizes if 1 < size <= 3]
