@@ -204,6 +204,8 @@ def _load(point: EntryPoint) -> Any:
     extra = package.removeprefix("ringcore_")
     try:
         return point.load()
+    except RingcoreError:
+        raise
     except ModuleNotFoundError as exc:
         if exc.name is None or exc.name.partition(".")[0] in ("ringcore", package):
             raise
@@ -211,6 +213,8 @@ def _load(point: EntryPoint) -> Any:
             f'{package} needs {exc.name}, which is not installed: pip install "ringcore[{extra}]".'
         ) from exc
     except (ImportError, OSError, RuntimeError) as exc:  # a half of it is missing, or what it was built for
+        if (getattr(exc, "name", None) or "").partition(".")[0] in ("ringcore", package):
+            raise
         raise MissingDependency(
             f"{package} cannot be imported, for what it needs fails: {type(exc).__name__}: {exc}. "
             f'Try pip install --upgrade "ringcore[{extra}]".'

@@ -9,9 +9,10 @@ from typing import Any
 from ringcore.arguments import Arguments, Inputs, check_flag
 from ringcore.call import Call
 from ringcore.discovery import find_transport
-from ringcore.layout import Layout
-from ringcore.positions import Mask
+from ringcore.layout import AUTO, Layout
+from ringcore.positions import NUMBERS, SIDE, Mask
 from ringcore.protocols import Kernels, Transport
+from ringcore.session import LocalSession
 from ringcore.values import Array
 
 
@@ -94,6 +95,10 @@ def explain(
         mask_of=mask if callable(mask) else None, gradient=bool(wrt), wrt=wrt,
     )  # fmt: skip
     arguments, chosen, passed = call.choose(inputs)
+    layouts = arguments.q_layout, arguments.k_layout
+    if AUTO in layouts:
+        deal = LocalSession(arguments, ring_size or 1).deal
+        layouts = deal.q_layout, deal.k_layout
     where = f"local ring of {ring_size or 1} rank(s), all in this process"
     if ring is not None:
         transport = find_transport(ring, like=arguments.q)
@@ -101,16 +106,16 @@ def explain(
             transport.check(arguments.q, arguments.k, arguments.v)
         where = transport_words(transport)
     return Explanation(
-        chosen.capabilities.name, tuple(passed), where, _layout_words(arguments.q_layout, arguments.k_layout),
+        chosen.capabilities.name, tuple(passed), where, _layout_words(*layouts),
         tuple(_costs(arguments)),
     )  # fmt: skip
 
 
 def _costs(arguments: Arguments) -> Iterator[str]:
     if arguments.mask_of is not None:
-        yield "mask: the function is asked for blocks of 1,024 x 1,024 pairs, forward and again backward"
+        yield f"mask: the function is asked for blocks of {SIDE:,} x {SIDE:,} pairs, forward and again backward"
     if arguments.alibi is not None:
-        yield "alibi: a bias that is made for blocks of 4 million numbers, forward and again backward"
+        yield f"alibi: a bias that is made for blocks of {NUMBERS:,} numbers, forward and again backward"
     if arguments.score.dropout:
         yield "dropout: no fused kernel can do it; what stays is drawn for each pair, forward and again backward"
 

@@ -15,25 +15,23 @@ from ringcore.values import NOTHING, Array, Tile, namespace
 Mask = Callable[[Array, Array], Array]
 """``mask(q_positions, k_positions)``: for positions [s, 1] and [1, t] what a query may attend, see `shown`."""
 
-_SIDE = 1024  # rows and keys of a block
-_NUMBERS = 1 << 22  # of a block's ALiBi, over all heads
+SIDE = 1024
+"""Rows and keys of a block that a mask is asked for."""
+
+NUMBERS = 1 << 22
+"""The most numbers of ALiBi that are made at once, over all heads."""
 
 
-def blocks(tile: Tile, mask: Mask | None, heads: int = 1) -> Iterator[tuple[Tile, bool]]:
+def blocks(tile: Tile, mask: Mask) -> Iterator[tuple[Tile, bool]]:
     """The parts of a tile, of one range of rows and one of columns, that may hold pairs that the mask shows.
 
     With each comes whether the mask must be asked for its pairs. ``mask.interval(q_positions, k_positions)``, if there
     is one, says True or False of two ranges of positions where it shows all of their pairs or none, and None elsewhere.
-    Without a mask all parts are shown. heads: for how many each part will have numbers of its own, if it is alone.
     """
-    if mask is None:
-        side = max(16, isqrt(_NUMBERS // heads))
-        yield from ((part, False) for part in _grid(tile, side) if part is not None)
-        return
     interval = getattr(mask, "interval", None)
-    for rows in _spans(tile.height):
+    for rows in _spans(tile.height, SIDE):
         whole: tuple[int, int] | None = None  # columns of blocks side by side that are shown wholly
-        for columns in _spans(tile.width):
+        for columns in _spans(tile.width, SIDE):
             part = _part(tile, rows, columns)
             if part is None:
                 continue
@@ -68,6 +66,16 @@ def shown(mask: Mask, tile: Tile, like: Array, batch: int, heads: int) -> Array:
     answer = xp.reshape(answer, (1,) * (4 - answer.ndim) + tuple(answer.shape))
     leading = zip(answer.shape, (tile.batch, tile.q_heads), strict=False)
     return answer[*(slice(0, 1) if length == 1 else part for length, part in leading), ...]
+
+
+def bounded(tile: Tile, heads: int) -> Iterator[Tile]:
+    """The parts of a tile that its band shows, of no more than NUMBERS pairs over so many heads."""
+    side = max(16, isqrt(NUMBERS // heads))
+    for rows in _spans(tile.height, side):
+        for columns in _spans(tile.width, side):
+            part = _part(tile, rows, columns)
+            if part is not None:
+                yield part
 
 
 def alibi_of(slopes: Array, tile: Tile, dtype: Any) -> Array:
@@ -108,12 +116,6 @@ def _check(answer: Any, like: Array, due: tuple[int, int, int, int]) -> None:
         )
 
 
-def _grid(tile: Tile, side: int) -> Iterator[Tile | None]:
-    for rows in _spans(tile.height, side):
-        for columns in _spans(tile.width, side):
-            yield _part(tile, rows, columns)
-
-
 def _shown_wholly(tile: Tile, rows: tuple[int, int], columns: tuple[int, int]) -> Iterator[tuple[Tile, bool]]:
     part = _part(tile, rows, columns)
     if part is not None:
@@ -127,7 +129,6 @@ def _part(tile: Tile, rows: tuple[int, int], columns: tuple[int, int]) -> Tile |
     return None if band == NOTHING else tile.part(rows, columns, band)
 
 
-def _spans(length: int, side: int | None = None) -> Iterator[tuple[int, int]]:
-    side = _SIDE if side is None else side
+def _spans(length: int, side: int) -> Iterator[tuple[int, int]]:
     for start in range(0, length, side):
         yield start, min(length, start + side)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -12,7 +12,7 @@ from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
 from ringcore.merge import StandardArithmetic, empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
-from ringcore.positions import Mask, alibi_of, blocks, shown
+from ringcore.positions import Mask, alibi_of, blocks, bounded, shown
 from ringcore.protocols import Arithmetic, Kernels
 from ringcore.values import Array, Blocks, Gradients, Move, Score, Spec, Tile, namespace
 
@@ -103,17 +103,13 @@ class ForwardWork:
 
     def pieces(self, tiles: Sequence[Tile], on_scores: OnScores) -> Iterator[tuple[Tile, Terms]]:
         """The tiles in the form that the kernels take, each with its part of bias and mask."""
-        mask, by_positions = on_scores.mask, callable(on_scores.mask)
+        mask, heads = on_scores.mask, self.q.shape[1]
         for tile in tiles:
-            parts: Iterable[tuple[Tile, bool]] = [(tile, mask is not None)]
-            if by_positions or on_scores.alibi is not None:
-                asked = mask if by_positions else None
-                heads = 1 if on_scores.alibi is None else self.q.shape[1]
-                parts = blocks(tile, asked, heads)
-            for part, masked in parts:
-                masked = masked or (mask is not None and not by_positions)
-                for piece in pieces(part, self.kernels.capabilities, masked=masked):
-                    yield piece, self._terms(on_scores if masked else on_scores._replace(mask=None), piece)
+            for part, masked in blocks(tile, mask) if callable(mask) else [(tile, mask is not None)]:
+                here = on_scores if masked else on_scores._replace(mask=None)
+                for small in [part] if on_scores.alibi is None else bounded(part, heads):
+                    for piece in pieces(small, self.kernels.capabilities, masked=masked):
+                        yield piece, self._terms(here, piece)
 
     def _terms(self, on_scores: OnScores, tile: Tile) -> Terms:
         bias, mask, alibi = on_scores
@@ -192,9 +188,9 @@ class BackwardWork:
         """Add to dq and dbias; the tiles' shares of dk and dv."""
         forward, wanted = self.forward, ("k" in self.wanted, "v" in self.wanted)
         if not forward.fused:
-            return self._visit(block, tiles, wanted, forward.on_scores, self.dbias)
+            return self._visit(block, tiles, wanted, forward.on_scores)
         ranks = len(forward.lengths)
-        sums = self._visit_fused(block, tiles, wanted, forward.on_scores, self.dbias)
+        sums = self._visit_fused(block, tiles, wanted, forward.on_scores)
         share = tuple(total.take(last=ranks == 1) for total in sums)
         if block[0] is forward.k and ranks <= 2:  # one other share at most is added to it
             return share
@@ -203,12 +199,10 @@ class BackwardWork:
             for x, like in zip(share, self._carried(), strict=True)
         )
 
-    def _visit(
-        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], on_scores: OnScores,
-        dbias: Array | None,
-    ) -> Blocks:  # fmt: skip
-        """Add to dq and, if it is given, dbias; dk and dv of the block, if they are wanted."""
+    def _visit(self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], on_scores: OnScores) -> Blocks:
+        """Add to dq and dbias; dk and dv of the block, if they are wanted."""
         k, v = block
+        dbias = None if on_scores.bias is None else self.dbias
         dk, dv = (_zeros(x) if want else None for x, want in zip(block, wanted, strict=True))
         for tile, terms in self.forward.pieces(tiles, on_scores):
             rows, keys = row_index(tile), key_index(tile)
@@ -227,11 +221,11 @@ class BackwardWork:
         return tuple(x for x in (dk, dv) if x is not None)
 
     def _visit_fused(
-        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], on_scores: OnScores,
-        dbias: Array | None,
-    ) -> list[Sum]:  # fmt: skip
+        self, block: Blocks, tiles: Sequence[Tile], wanted: tuple[bool, bool], on_scores: OnScores
+    ) -> list[Sum]:
         """Add the gradients that the kernels return, as `_visit`."""
         k, v = block
+        dbias = None if on_scores.bias is None else self.dbias
         dq, dk, dv = self.sum, Sum(k), Sum(v)
         for tile, terms in self.forward.pieces(tiles, on_scores):
             for total in (dq, dk, dv):
@@ -253,7 +247,7 @@ class BackwardWork:
         narrow = travels_narrow(x, self.forward.kernels, len(self.forward.lengths))
         return x.dtype if narrow else accumulation_dtype(x)
 
-    def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients, terms: dict[str, Array | None]) -> Gradients:
+    def _backward(self, k: Array, v: Array, tile: Tile, into: Gradients, terms: Terms) -> Gradients:
         forward = self.forward
         rows, keys = row_index(tile), key_index(tile)
         return forward.kernels.backward(
@@ -275,10 +269,11 @@ class BackwardWork:
         """dq [B, H, S, D] is the sum over all blocks, to which the prefix belongs."""
         forward, names = self.forward, ("prefix_k", "prefix_v")
         if forward.prefix is not None:
-            visit = self._visit_fused if forward.fused else self._visit
-            wanted = names[0] in self.wanted, names[1] in self.wanted
-            found = visit(forward.prefix, forward.prefix_tiles, wanted, _NOTHING, None)
-            shares = (x.take() if isinstance(x, Sum) else x for x in found)
+            asked = forward.prefix, forward.prefix_tiles, (names[0] in self.wanted, names[1] in self.wanted), _NOTHING
+            if forward.fused:
+                shares = tuple(total.take() for total in self._visit_fused(*asked))
+            else:
+                shares = self._visit(*asked)
             self.replicated |= zip((name for name in names if name in self.wanted), shares, strict=True)
         if "sinks" in self.wanted:
             self.replicated["sinks"] = self._of_sinks()

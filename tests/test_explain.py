@@ -163,6 +163,23 @@ def test_kernels_whose_library_is_broken_are_passed_over(monkeypatch, tmp_path, 
         explain(Q, K, V, kernels="numpy.cpu.best")
 
 
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("from ringcore import no_such_name", ImportError),
+        ("import ringcore\nraise ringcore.UnsupportedError('not on this machine')", UnsupportedError),
+        ("raise ZeroDivisionError", ZeroDivisionError),
+    ],
+)
+def test_an_adapters_own_mistakes_are_not_taken_for_a_broken_library(monkeypatch, tmp_path, program, error):
+    (tmp_path / "ringcore_mistaken.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("numpy.cpu.best", "ringcore_mistaken:load", "ringcore.kernels")
+    with pytest.raises(error) as caught:
+        discovery._load(point)
+    assert not isinstance(caught.value, MissingDependency)
+
+
 def test_of_several_kernels_that_can_the_preferred_ones_are_named(monkeypatch):
     install(
         monkeypatch,
@@ -186,6 +203,12 @@ def test_what_terms_of_positions_cost_is_said():
     assert [cost.partition(":")[0] for cost in found.costs] == ["mask", "alibi"]
     assert str(found).splitlines()[-2:] == [f"costs    {found.costs[0]}", f"         {found.costs[1]}"]
     assert explain(Q, K, V).costs == ()
+
+
+def test_the_layout_that_auto_takes_is_named():
+    x = np.zeros((1, 1, 64, 2))
+    assert explain(x, x, x, causal=True, layout="auto", ring_size=4).layout in ("zigzag", "balanced")
+    assert explain(x, x, x, layout="auto", ring_size=4).layout == "contiguous"
 
 
 def test_the_text_has_one_fact_a_line():

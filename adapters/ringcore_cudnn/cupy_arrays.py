@@ -44,8 +44,10 @@ class CupyArrays:
         device = self.device(like)
         if like.size > 1 and (device in self._one or not self.capturing()):
             return self._spread(device, like.shape)
-        with self.on(like):  # fresh; while a graph is recorded, in its memory
-            return cupy.broadcast_to(cupy.ones((1,) * like.ndim, dtype=cupy.float32), like.shape)
+        with self.on(like):
+            if like.size == 1:
+                return cupy.ones(like.shape, dtype=cupy.float32)
+            return cupy.broadcast_to(cupy.ones((), dtype=cupy.float32), like.shape)  # in the graph's memory
 
     def _one_for_all(self, device: int, shape: tuple[int, ...]) -> Array:
         with cupy.cuda.Device(device):

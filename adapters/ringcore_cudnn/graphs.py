@@ -101,7 +101,11 @@ def _straight(graph: Any, uids: tuple[int, ...]) -> Launch | None:
     ``execute`` first describes every address in Python, which takes the host longer than to launch the kernels.
     """
     try:
-        native, run, plan = _inside(graph)
+        if graph.selected_engine is not None:  # a kernel of the frontend's own, which cuDNN does not know
+            return None
+        plan = graph.plans[graph._plan_index].cpp_index if graph.plans else None
+        native = graph._lowered_graph
+        run = native._execute_with_raw_ptrs
         native._prepare_variant_pack_template()
         order = list(native._get_variant_pack_uids_sorted())
     except (AttributeError, IndexError):
@@ -113,18 +117,9 @@ def _straight(graph: Any, uids: tuple[int, ...]) -> Launch | None:
 
     def launch(addresses: tuple[int, ...], workspace: int, handle: Any) -> None:
         pointers = room(*[addresses[place] for place in places])
-        run(ctypes.addressof(pointers), len(places), workspace, handle.backend_handle, plan)
+        run(ctypes.addressof(pointers), len(places), workspace, handle.backend_handle, -1 if plan is None else plan)
 
     return launch
-
-
-def _inside(graph: Any) -> tuple[Any, Callable[..., None], int]:
-    """The frontend's own graph below Python's, what runs it on sorted pointers, and the number of its plan."""
-    if graph.selected_engine is not None:
-        raise AttributeError("the graph is not run by cuDNN")
-    plan = graph.plans[graph._plan_index].cpp_index if graph.plans else None
-    native = graph._lowered_graph
-    return native, native._execute_with_raw_ptrs, -1 if plan is None else plan
 
 
 def bounds(band: Band) -> dict[str, Any]:

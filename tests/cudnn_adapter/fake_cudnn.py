@@ -100,7 +100,7 @@ class Graph:
     def __init__(self, module, **kinds):
         self.module, self.terms, self.tensors = module, {}, []
         self.plans, self._plan_index = [Plan()], 0
-        if module.open:
+        if module.inside:
             self._lowered_graph = Native(self)
 
     def tensor(self, **keywords):
@@ -200,10 +200,10 @@ class Graph:
                 mine.copy_(x)
 
 
-def make(empty: str = "infinite", open: bool = True) -> ModuleType:  # noqa: A002
-    """A new module, which keeps what it built, ran and made. empty: a key of EMPTY. open: whether graphs have a Native."""
+def make(empty: str = "infinite", inside: bool = True) -> ModuleType:
+    """A new module, which keeps what it built, ran and made. empty: a key of EMPTY. inside: whether graphs have a Native."""
     module = ModuleType("cudnn")
-    module.empty, module.open = empty, open
+    module.empty, module.inside = empty, inside
     module.built, module.runs, module.handles, module.described = [], [], [], 0
     module.data_type = Enum("data_type", [(name, name) for name in FLOATS])
     module.heur_mode = Enum("heur_mode", ["A", "FALLBACK"])

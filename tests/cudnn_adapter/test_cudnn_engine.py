@@ -79,8 +79,8 @@ def test_equal_problems_share_a_graph_and_others_do_not(cudnn):
 
 
 def test_addresses_go_straight_to_cudnn_where_the_frontend_lets_them():
-    for open, described in ((True, 0), (False, 2)):  # noqa: A001
-        with adapter(open=open) as cudnn:
+    for inside, described in ((True, 0), (False, 2)):
+        with adapter(inside=inside) as cudnn:
             from ringcore_cudnn import Engine, Problem
 
             engine = Engine()

@@ -275,10 +275,10 @@ MUTANTS = (
     Mutant(
         "prefix left out of the gradient of q",
         "ringcore/work.py",
-        "            found = visit(forward.prefix, forward.prefix_tiles, wanted, _NOTHING, None)\n",
-        "            without = None if self.dq is None else self.dq + 0\n"
-        "            found = visit(forward.prefix, forward.prefix_tiles, wanted, _NOTHING, None)\n"
-        "            self.dq = without\n",
+        "                shares = self._visit(*asked)\n",
+        "                without = None if self.dq is None else self.dq + 0\n"
+        "                shares = self._visit(*asked)\n"
+        "                self.dq = without\n",
         RING,
         "gradients and prefix",
     ),
@@ -297,6 +297,14 @@ MUTANTS = (
         "q_positions, k_positions = (\n        xp.arange(0, len(places), 1,",
         RING,
         "out_and_lse and mask_of_positions",
+    ),
+    Mutant(
+        "ALiBi of whole tiles at once",
+        "ringcore/work.py",
+        "else bounded(part, heads):",
+        "else [part]:",
+        f"{PLAN}/test_positions.py",
+        "alibi_is_small",
     ),
     Mutant(
         "ALiBi by places in the shard",

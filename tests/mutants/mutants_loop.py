@@ -78,8 +78,12 @@ MUTANTS = (
     Mutant(
         "stale K, V in backward",
         "ringcore/work.py",
-        "        k, v = block\n        dk, dv = (_zeros(x)",
-        "        k, v = block if block is self.forward.prefix else self.forward.visiting()\n        dk, dv = (_zeros(x)",
+        """ they are wanted.\"\"\"
+        k, v = block
+""",
+        """ they are wanted.\"\"\"
+        k, v = block if block is self.forward.prefix else self.forward.visiting()
+""",
         PRECISION,
         "within_their_bounds and plain-float64-3",
     ),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ringcore import positions
+import ringcore
+from ringcore import positions, work
 from ringcore.values import Band, Tile
 
 BANDS = [Band(), Band(None, 0), Band(-3, 2), Band(4, None), Band(-30, -5)]
@@ -58,7 +59,7 @@ def settled_by_thirds(q_range, k_range):
 @pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize(("rows", "columns"), [(range(5, 22), range(2, 21)), (range(1, 40, 3), range(0, 30, 3))])
 def test_each_visible_pair_is_in_one_block(monkeypatch, rows, columns, band, settled):
-    monkeypatch.setattr(positions, "_SIDE", 4)
+    monkeypatch.setattr(positions, "SIDE", 4)
     tile, mask = tile_of(rows, columns, band), Asked(settled)
     due = {}
     for i, row in enumerate(rows):
@@ -73,7 +74,7 @@ def test_each_visible_pair_is_in_one_block(monkeypatch, rows, columns, band, set
 
 
 def test_settled_blocks_are_not_asked_for_and_lie_together(monkeypatch):
-    monkeypatch.setattr(positions, "_SIDE", 4)
+    monkeypatch.setattr(positions, "SIDE", 4)
     mask = Asked(lambda q_range, k_range: k_range[-1] < 12 or (None if k_range[0] < 16 else False))
     parts = list(positions.blocks(tile_of(range(8), range(24), Band()), mask))
     assert [(part.rows, part.columns, asked) for part, asked in parts] == [
@@ -84,7 +85,7 @@ def test_settled_blocks_are_not_asked_for_and_lie_together(monkeypatch):
 
 
 def test_an_interval_may_answer_in_numpys_bool(monkeypatch):
-    monkeypatch.setattr(positions, "_SIDE", 4)
+    monkeypatch.setattr(positions, "SIDE", 4)
     mask = Asked(lambda q_range, k_range: np.bool_(k_range[0] < 4))
     assert [part.columns for part, _ in positions.blocks(tile_of(range(4), range(8), Band()), mask)] == [slice(0, 4, 1)]
 
@@ -102,11 +103,10 @@ def test_an_answer_for_batch_entries_and_heads_is_cut_to_the_tile():
 
 
 @pytest.mark.parametrize("band", BANDS)
-def test_without_a_mask_blocks_cover_the_band_and_hold_few_numbers(monkeypatch, band):
-    monkeypatch.setattr(positions, "_NUMBERS", 3 * 20**2)
+def test_bounded_parts_cover_the_band_and_hold_few_numbers(monkeypatch, band):
+    monkeypatch.setattr(positions, "NUMBERS", 3 * 20**2)
     tile, found = tile_of(range(45), range(70), band), {}
-    for part, asked in positions.blocks(tile, None, 3):
-        assert not asked
+    for part in positions.bounded(tile, 3):
         assert part.height <= 20
         assert part.width <= 20
         ((rows,), (columns,)) = part.row_positions, part.column_positions
@@ -126,3 +126,16 @@ def test_alibi_far_from_the_first_position_is_exact():
     due = -slopes[1:3, None, None] * np.abs(np.array(rows)[:, None] - np.array(columns))
     assert found.dtype == np.float32
     assert (found == due[None]).all()
+
+
+def test_alibi_is_small_also_where_an_interval_joined_blocks(monkeypatch):
+    monkeypatch.setattr(positions, "SIDE", 16)
+    monkeypatch.setattr(positions, "NUMBERS", 2 * 16**2)
+    made = []
+    monkeypatch.setattr(work, "alibi_of", lambda *given: made.append(positions.alibi_of(*given)) or made[-1])
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((1, 2, 200, 4)) for _ in range(3))
+    slopes, everything = np.array([0.1, 0.3]), Asked(lambda q_range, k_range: True)
+    found = ringcore.ring_attention(q, k, v, alibi=slopes, mask=everything, ring_size=2)
+    assert max(x.size for x in made) <= 2 * 16**2
+    np.testing.assert_allclose(found, ringcore.ring_attention(q, k, v, alibi=slopes), atol=1e-12)
