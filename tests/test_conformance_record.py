@@ -1,10 +1,12 @@
 """The conformance suite keeps what a run found."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,14 @@ def test_only_rank_0_records(path):
         path, "-k", "no case has this name", TORCHELASTIC_RUN_ID="1", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2"
     )
     assert found is None
+
+
+def test_the_fifth_of_all_cases_that_is_run_has_every_pair_of_choices(monkeypatch):
+    monkeypatch.syspath_prepend(SUITE)
+    every = list(dict.fromkeys(importlib.import_module("cases").every_case()))
+
+    def pairs(cases):
+        rows = ((case.feature, case.layout, case.size, case.shape, case.dtype) for case in cases)
+        return {pair for row in rows for pair in combinations(enumerate(row), 2)}
+
+    assert pairs(every[::5]) == pairs(every)
