@@ -15,6 +15,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from ringcore import Blocks, Move, Spec, TransportError, places_at_home
 from ringcore_torch.circle import Circle
+from ringcore_torch.rendezvous import Meeting
 
 # Signals of a pair of ranks, by what they say.
 _READY, _HOP, _HOME, _TAKEN = 0, 1, 2, 3  # and _TAKEN + 1: one for each of two slots
@@ -65,8 +66,9 @@ class PeerMemory:
     explain = "peer memory: the GPUs' copy engines pull blocks and push gradients"
     in_place = True
 
-    def __init__(self, circle: Circle, group: Any, device: torch.device) -> None:
-        self._circle, self._group, self._device = circle, group, device
+    def __init__(self, circle: Circle, device: torch.device) -> None:
+        self._circle, self._device = circle, device
+        self._meeting = Meeting(circle.store, circle.rank, circle.size)
         self._index: Any = device.index  # Torch is slow to find the number of a device
         self._deadline = math.ceil(circle.timeout * 1000)
         self._pulling: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -209,7 +211,7 @@ class PeerMemory:
                 "a call over GPUs' memory was captured before it ever ran, but making that memory is no work of a "
                 "stream. Run the call once, then capture it."
             )
-        region = Region(self._group, size, self._device)
+        region = Region(self._meeting.name, size, self._device)
         # Torch clears it on the default stream: a signal that comes before would be wiped out.
         torch.cuda.default_stream(self._device).synchronize()
         self._circle.gather(b"cleared")

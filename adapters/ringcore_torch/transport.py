@@ -42,7 +42,6 @@ class TorchTransport:
     ) -> None:
         check_carrier(carrier)
         group = checked_group(group)
-        self._name = group.group_name  # not the group: it ends with the last that holds it
         self._circle = Circle(group, next_name(group), timeout)
         self._messages = GlooMessages(self._circle)
         self.rank, self.size = self._circle.rank, self._circle.size
@@ -116,7 +115,7 @@ class TorchTransport:
 
     def _made(self, device: torch.device) -> PeerMemory | NcclMessages:
         if choose_carrier(self._circle, device, self._asked) == PEER_MEMORY:
-            return PeerMemory(self._circle, self._name, device)
+            return PeerMemory(self._circle, device)
         return NcclMessages(self._circle, device)
 
     def fetch(self, owner: int, rows: slice | None, seen: slice | None = None) -> Blocks:

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 import ringcore
 from ringcore import DeviceError, PeerError, UnsupportedError
@@ -150,6 +151,15 @@ def test_without_a_choice_gpus_that_reach_each_other_do(world):
     assert "or, if they do not" in ring.explain
     check(ring, run(ring, shards(draw(16), "zigzag", ring), "zigzag"), draw(16), "zigzag")
     assert "NCCL" not in ring.explain
+
+
+def test_ranks_that_met_others_before(world):
+    """Torch numbers its rendezvous by process: without numbers of the ring's own this one hangs."""
+    alone = dist.new_group([0])
+    if dist.get_rank() == 0:
+        symmetric_memory.rendezvous(symmetric_memory.empty(64, device="cuda"), alone)
+    ring = TorchTransport(world, carrier="peer_memory")
+    check(ring, run(ring, shards(draw(16), "zigzag", ring), "zigzag"), draw(16), "zigzag")
 
 
 def refused(call, here, error, words):
