@@ -8,6 +8,7 @@ from weakref import finalize
 
 import array_api_compat
 
+from ringcore.grouping import grouped
 from ringcore.merge import empty_partial, finished_lse, merge
 from ringcore.partial import Partial, dtype_name
 from ringcore.protocols import Kernels
@@ -17,9 +18,19 @@ from ringcore.values import Array, Band, Gradients, Score, Tile, namespace
 _SIDE = 48
 # Far above rounding, far below what a wrong base, sentinel, order of axes or scale does.
 _TOLERANCE = {"float16": 0.02, "bfloat16": 0.04, "float32": 1e-3, "float64": 1e-8}
-_ALL, _SPAN = slice(None), (range(_SIDE),)
-_TILE = Tile(_ALL, _ALL, _ALL, slice(0, _SIDE), slice(0, _SIDE), _SPAN, _SPAN, Band(None, 0))
+_ONE, _TWO, _SPAN = slice(0, 1), slice(0, 2), (range(_SIDE),)
+_TILE = Tile(_ONE, _TWO, _ONE, slice(0, _SIDE), slice(0, _SIDE), _SPAN, _SPAN, Band(None, 0))
 
+
+def _square(rows: range, columns: range) -> Tile:
+    height, width = slice(rows.start, rows.stop, 1), slice(columns.start, columns.stop, 1)
+    band = Band(None, 0).clipped(len(rows), len(columns))
+    return Tile(_ONE, _TWO, _ONE, height, width, (rows,), (columns,), band)
+
+
+(_PARTS,) = grouped(
+    _square(range(a, b), range(c, d)) for a, b, c, d in ((0, 16, 0, 16), (20, 21, 20, 21), (21, 40, 25, 44))
+)
 _REFERENCE = ReferenceKernels()
 _found: dict[int, dict[tuple[Any, ...], str | None]] = {}
 
@@ -31,7 +42,7 @@ def fault(kernels: Kernels, q: Array, v: Array, needs: frozenset[str]) -> str | 
     """
     if not kernels.capabilities.fused:
         return None
-    asked = needs & {"bias", "mask", "gradient", "bias_gradient"}
+    asked = needs & {"bias", "mask", "dropout", "gradient", "bias_gradient"}
     key = str(array_api_compat.device(q)), dtype_name(q), q.shape[3], v.shape[3], asked
     try:
         known = _found.setdefault(id(kernels), {})
@@ -54,7 +65,7 @@ def _tried(kernels: Kernels, like: Array, width: int, asked: frozenset[str]) -> 
             (2, width, 1.9),
         )
     )
-    xp, score = namespace(q), Score(1 / math.sqrt(like.shape[3]))
+    xp, score = namespace(q), Score(1 / math.sqrt(like.shape[3]), dropout=0.25 if "dropout" in asked else 0.0)
     numbers = xp.arange(_SIDE, dtype=xp.int64, device=array_api_compat.device(q))
     mask = (numbers[:, None] + numbers[None, :]) % 7 > 0
     mask = (mask & (numbers != 5)[:, None])[None, None, :, :]  # row 5 sees nothing
@@ -67,7 +78,9 @@ def _tried(kernels: Kernels, like: Array, width: int, asked: frozenset[str]) -> 
         came = merge(empty_partial(q, width), part)
         found = {"out": (came.out, due.out), "lse": _lse(came, due)}
         if "gradient" in asked:
-            found |= _gradients(kernels, (dout, q, k, v), due, keywords, "bias_gradient" in asked)
+            found |= _gradients(kernels, (dout, q, k, v), due, keywords, keywords, "bias_gradient" in asked)
+        if kernels.capabilities.parts:
+            found |= _in_parts(kernels, (dout, q, k, v), numbers, score, "gradient" in asked)
         errors = {name: _distance(*pair) for name, pair in found.items()}
     except Exception as error:  # whatever it is, other kernels may do better
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -78,9 +91,10 @@ def _tried(kernels: Kernels, like: Array, width: int, asked: frozenset[str]) -> 
 
 
 def _gradients(
-    kernels: Kernels, arrays: tuple[Array, Array, Array, Array], due: Partial, keywords: dict[str, Any], of_bias: bool
-) -> dict[str, tuple[Array, Array]]:
-    """Each gradient of the kernels, and that of the reference."""
+    kernels: Kernels, arrays: tuple[Array, Array, Array, Array], due: Partial, keywords: dict[str, Any],
+    of_reference: dict[str, Any], of_bias: bool,
+) -> dict[str, tuple[Array, Array]]:  # fmt: skip
+    """Each gradient of the kernels, and that of the reference, which may be told in another way what is seen."""
     dout, *inputs = arrays
     xp, wide = namespace(dout), due.out
     given = *arrays, due.maximum, due.total
@@ -93,9 +107,31 @@ def _gradients(
     own = kernels.backward(*given, None, into=Gradients(dbias=dbias), **{**keywords, **rows})
     delta = xp.sum(wide * xp.astype(dout, wide.dtype), axis=-1)
     zeros = Gradients(*(xp.zeros_like(xp.astype(x, wide.dtype)) for x in (*inputs, *([dbias] if of_bias else []))))
-    sums = _REFERENCE.backward(*given, delta, into=zeros, **keywords)
+    sums = _REFERENCE.backward(*given, delta, into=zeros, **of_reference)
     names = ("dq", "dk", "dv", "dbias") if of_bias else ("dq", "dk", "dv")
     return {name: (getattr(own, name), getattr(sums, name)) for name in names}
+
+
+def _in_parts(
+    kernels: Kernels, arrays: tuple[Array, Array, Array, Array], numbers: Array, score: Score, gradient: bool
+) -> dict[str, tuple[Array, Array]]:
+    """The same for a tile with parts, between which rows see nothing and keys are not seen."""
+    dout, q, k, v = (x[:, :, :length, ...] for x, length in zip(arrays, (40, 40, 44, 44), strict=True))
+    i, j = numbers[:40][:, None], numbers[:44][None, :]
+    seen = i < 0
+    for part in _PARTS.parts:
+        rows, keys = part.rows, part.columns
+        inside = (i >= rows.start) & (i < rows.stop) & (j >= keys.start) & (j < keys.stop)
+        seen = seen | (inside & (j - keys.start <= i - rows.start))
+    whole = Tile(_ONE, _TWO, _ONE, slice(0, 40), slice(0, 44), (range(40),), (range(44),))
+    of_reference = {"score": score, "tile": whole, "mask": seen[None, None, :, :]}
+    due = _REFERENCE.forward(q, k, v, **of_reference)
+    came = merge(empty_partial(q, v.shape[3]), kernels.forward(q, k, v, score=score, tile=_PARTS))
+    found = {"out": (came.out, due.out), "lse": _lse(came, due)}
+    if gradient:
+        own = {"score": score, "tile": _PARTS}
+        found |= _gradients(kernels, (dout, q, k, v), due, own, of_reference, of_bias=False)
+    return {f"{name} in parts": pair for name, pair in found.items()}
 
 
 def _waves(like: Array, heads: int, columns: int, phase: float) -> Array:

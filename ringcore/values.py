@@ -81,6 +81,9 @@ class Tile:
     rows, columns: slices, possibly strided, of the local rows of q and of the visiting k, v.
     row_positions, column_positions: the global positions of those rows, as ranges in order.
     band: which pairs are visible, counted within the tile.
+    parts: if there are any, only their pairs are visible. Their rows and columns follow each other; the tile's are from
+        the first one's to the last one's, its positions are theirs, and its band is counted from the lower right corner
+        of each.
     """
 
     batch: slice
@@ -91,6 +94,7 @@ class Tile:
     row_positions: tuple[range, ...]
     column_positions: tuple[range, ...]
     band: Band = Band()
+    parts: tuple[Tile, ...] = ()
 
     def part(self, rows: tuple[int, int], columns: tuple[int, int], band: Band) -> Tile:
         """The tile of these rows and columns, half-open ranges counted within this one, under a band of its own."""
@@ -233,6 +237,7 @@ class Capabilities:
     than wide, so that a window can be aligned in the lower right corner. "triangles": no band, or causal from the
     upper left corner. "squares": that on as many rows as columns. What is neither comes in strips of ``strip`` rows
     with any band.
+    parts: they take tiles with parts (see `Tile`), without bias and mask. Rows without a part saw nothing.
     preference: of several kernels that can, those with the highest are taken.
     poison_rows: NaN in a key that only some rows see stays out of the others.
     largest_head, head_multiple, equal_heads: bounds on the widths of k and v.
@@ -253,6 +258,7 @@ class Capabilities:
     half_gradients: bool = False
     bands: str = "any"
     strip: int = 256
+    parts: bool = False
     preference: int = 0
     poison_rows: bool = True
     largest_head: int | None = None

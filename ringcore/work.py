@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat
 
 from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
+from ringcore.grouping import grouped
 from ringcore.merge import StandardArithmetic, empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
@@ -68,7 +69,7 @@ class ForwardWork:
 
     def _visit(self, block: Blocks, tiles: Sequence[Tile], on_scores: OnScores) -> None:
         k, v = block
-        for tile, terms in self.pieces(tiles, on_scores):
+        for tile, terms in self.launches(tiles, on_scores):
             rows, whole = row_index(tile), _covers(self.q, tile)
             if not whole and self.state is None:
                 self.state = empty_partial(self.q, v.shape[-1])
@@ -110,6 +111,13 @@ class ForwardWork:
                 for small in [part] if on_scores.alibi is None else bounded(part, heads):
                     for piece in pieces(small, self.kernels.capabilities, masked=masked):
                         yield piece, self._terms(here, piece)
+
+    def launches(self, tiles: Sequence[Tile], on_scores: OnScores) -> Iterable[tuple[Tile, Terms]]:
+        """What the kernels are called with: pieces, or many of them as the parts of one tile."""
+        found = self.pieces(tiles, on_scores)
+        if not self.kernels.capabilities.parts or any(x is not None for x in on_scores):
+            return found
+        return [(tile, {"bias": None, "mask": None}) for tile in grouped(tile for tile, _ in found)]
 
     def _terms(self, on_scores: OnScores, tile: Tile) -> Terms:
         bias, mask, alibi = on_scores
@@ -204,7 +212,7 @@ class BackwardWork:
         k, v = block
         dbias = None if on_scores.bias is None else self.dbias
         dk, dv = (_zeros(x) if want else None for x, want in zip(block, wanted, strict=True))
-        for tile, terms in self.forward.pieces(tiles, on_scores):
+        for tile, terms in self.forward.launches(tiles, on_scores):
             rows, keys = row_index(tile), key_index(tile)
             bias_index = () if dbias is None else term_index(dbias, tile)
             places: tuple[tuple[Array | None, tuple[Any, ...]], ...]
@@ -227,7 +235,7 @@ class BackwardWork:
         k, v = block
         dbias = None if on_scores.bias is None else self.dbias
         dq, dk, dv = self.sum, Sum(k), Sum(v)
-        for tile, terms in self.forward.pieces(tiles, on_scores):
+        for tile, terms in self.forward.launches(tiles, on_scores):
             for total in (dq, dk, dv):
                 total.settle()
             rows, keys = row_index(tile), key_index(tile)

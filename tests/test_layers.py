@@ -21,7 +21,19 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     1: ("errors", "partial", "values"),
     2: ("arrays", "integers", "protocols"),
-    3: ("documents", "dropout", "layout", "merge", "partition", "pieces", "positions", "schedule", "tile", "tiling"),
+    3: (
+        "documents",
+        "dropout",
+        "grouping",
+        "layout",
+        "merge",
+        "partition",
+        "pieces",
+        "positions",
+        "schedule",
+        "tile",
+        "tiling",
+    ),
     4: (
         "agreement",
         "arguments",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
@@ -18,7 +21,7 @@ class Flash4:
     capabilities = Capabilities(
         "torch.cuda.flash4", dtypes=frozenset({"float16", "bfloat16"}), libraries=frozenset({"torch"}),
         devices=frozenset({"cuda"}), bias=False, mask=False, fused=True, half_gradients=True, bands="windows",
-        preference=30, poison_rows=False, largest_head=256, head_multiple=8,
+        parts=True, preference=30, poison_rows=False, largest_head=256, head_multiple=8,
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -33,6 +36,8 @@ class Flash4:
         bias: None = None, mask: None = None, state: None = None,
     ) -> Partial:  # fmt: skip
         """The tile's own partial; see `ringcore.Kernels`."""
+        if tile.parts:
+            return self._forward_of_parts(q, k, v, score, tile)
         out = _rows_like(q, v.shape[3])
         _, lse, *_ = _flash_attn_fwd(
             *_sequence_first(q, k, v), out=out.transpose(1, 2), softmax_scale=score.scale, softcap=score.softcap or 0.0,
@@ -46,12 +51,24 @@ class Flash4:
         lse: Tensor, dlse: Tensor | None,
     ) -> Gradients:  # fmt: skip
         """The tile's own gradients; see `ringcore.Kernels`."""
+        if tile.parts:
+            return _backward_of_parts(dout, q, k, v, score, tile, out, lse, dlse)
         dout, q, k, v, out = _sequence_first(dout, q, k, v, out)
         found = _flash_attn_bwd(
             q, k, v, out, dout, lse, score.scale, softcap=score.softcap or 0.0, dlse=dlse,
             deterministic=torch.are_deterministic_algorithms_enabled(), **_window(q, k, tile.band, axis=1),
         )  # fmt: skip
         return Gradients(*(x.transpose(1, 2) for x in found))
+
+    def _forward_of_parts(self, q: Tensor, k: Tensor, v: Tensor, score: Score, tile: Tile) -> Partial:
+        batch, heads, rows, _ = q.shape
+        out, lse, *_ = _flash_attn_fwd(
+            *map(_end_to_end, (q, k, v)), softmax_scale=score.scale, softcap=score.softcap or 0.0, return_lse=True,
+            **_sequences(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
+        )  # fmt: skip
+        out = out.view(batch, rows, heads, v.shape[3]).transpose(1, 2)
+        lse = lse.view(heads, batch, rows).transpose(0, 1)
+        return Partial(out, lse, self._ones_like(lse))
 
     def _ones_like(self, lse: Tensor) -> Tensor:
         """One number for all rows. It is kept, because to make it takes as long as the launch of any kernel."""
@@ -78,6 +95,65 @@ def load(sharers: int = 1) -> Flash4:
 def _sequence_first(*tensors: Tensor) -> list[Tensor]:
     """[B, H, S, D] as [B, S, H, D]; the kernels copy what is not aligned."""
     return [x.transpose(1, 2) for x in tensors]
+
+
+def _end_to_end(x: Tensor) -> Tensor:
+    """[B, H, S, D] as [B * S, H, D]: a view if entries follow each other in memory."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _rows_end_to_end(x: Tensor) -> Tensor:
+    """[B, H, S] as [H, B * S], without gaps."""
+    return x.transpose(0, 1).flatten(1).contiguous()
+
+
+def _backward_of_parts(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, score: Score, tile: Tile, out: Tensor, lse: Tensor,
+    dlse: Tensor | None,
+) -> Gradients:  # fmt: skip
+    batch, _, rows, _ = q.shape
+    found = _flash_attn_bwd(
+        *map(_end_to_end, (q, k, v, out, dout)), _rows_end_to_end(lse), score.scale, softcap=score.softcap or 0.0,
+        dlse=None if dlse is None else _rows_end_to_end(dlse),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_sequences(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
+    )  # fmt: skip
+    return Gradients(*(x.unflatten(0, (batch, -1)).transpose(1, 2) for x in found))
+
+
+def _sequences(tile: Tile, batch: int, rows: int, keys: int, device: torch.device) -> dict[str, Any]:
+    """Where the parts begin and end in all entries end to end, with sequences of rows or of keys alone between them."""
+    parts = tuple(
+        (part.rows.start - tile.rows.start, part.rows.stop - tile.rows.start,
+         part.columns.start - tile.columns.start, part.columns.stop - tile.columns.start)
+        for part in tile.parts
+    )  # fmt: skip
+    return _on_device(parts, batch, rows, keys, device)
+
+
+@lru_cache(maxsize=256)
+def _on_device(
+    parts: tuple[tuple[int, int, int, int], ...], batch: int, rows: int, keys: int, device: torch.device
+) -> dict[str, Any]:
+    q_ends, k_ends = [0], [0]
+    for entry in range(batch):
+        for row, row_end, key, key_end in (*parts, (rows, rows, keys, keys)):
+            for q_end, k_end in ((row, None), (None, key), (row_end, key_end)):
+                q_ends.append(q_ends[-1] if q_end is None else entry * rows + q_end)
+                k_ends.append(k_ends[-1] if k_end is None else entry * keys + k_end)
+    steps = [(b - a, d - c) for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)]
+    kept = [place for place, (height, width) in enumerate(steps) if height or width]
+    return {
+        "cu_seqlens_q": torch.tensor([0, *(q_ends[place + 1] for place in kept)], dtype=torch.int32, device=device),
+        "cu_seqlens_k": torch.tensor([0, *(k_ends[place + 1] for place in kept)], dtype=torch.int32, device=device),
+        "max_seqlen_q": max(height for height, _ in steps),
+        "max_seqlen_k": max(width for _, width in steps),
+    }
+
+
+def _bounds(band: Band) -> dict[str, int | None]:
+    """A band that is counted from the lower right corner, as a window."""
+    return {"window_size_left": None if band.lo is None else -band.lo, "window_size_right": band.hi}
 
 
 def _window(q: Tensor, k: Tensor, band: Band, axis: int = 2) -> dict[str, int | None]:

@@ -72,6 +72,45 @@ def test_very_negative_scores_have_gradients(name, masked, rows, keys):
         torch.testing.assert_close(mine.double(), expected, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize(
+    "keywords", [{"causal": True}, {}, {"causal": True, "window": (20, 0)}, {"window": (9, 30)}], ids=str
+)
+@pytest.mark.parametrize(("batch", "size", "layout"), [(1, 1, "contiguous"), (2, 3, "zigzag"), (1, 2, "balanced")])
+@pytest.mark.parametrize("name", KERNELS)
+def test_documents(name, batch, size, layout, keywords):
+    ends = [0, 1, 60, 64, 192, 193, 310]
+    q, k, v = draw(torch.bfloat16, batch, 4, 2, ends[-1], ends[-1], 64, 64)
+    if name == "torch.cuda.cudnn" and "window" in keywords:
+        pytest.skip("it has no window")
+    dout = torch.randn_like(q)
+    if layout == "balanced":
+        layout = ringcore.balanced(ends[-1], size, cu_seqlens=ends, **keywords)
+    (out, lse), pullback = ringcore.ring_attention_vjp(
+        q, k, v, kernels=name, ring_size=size, layout=layout, cu_seqlens=ends, **keywords
+    )
+    wide = [x.double() for x in (q, k, v)]
+    (due, due_lse), of_due = ringcore.ring_attention_vjp(*wide, kernels="reference", cu_seqlens=ends, **keywords)
+    torch.testing.assert_close(out.double(), due, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), due_lse, atol=2e-5, rtol=2e-5)
+    for mine, expected in zip(pullback(dout), of_due(dout.double()), strict=True):
+        assert float((mine.double() - expected).abs().max() / expected.abs().max()) < 3e-2
+
+
+def test_documents_are_few_launches_for_flash4(monkeypatch):
+    kernels = pytest.importorskip("ringcore_flash4.kernels")
+    q, k, v = draw(torch.bfloat16, 1, 4, 2, 640, 640, 64, 64)
+    keywords = {"kernels": "torch.cuda.flash4", "cu_seqlens": list(range(0, 641, 16)), "causal": True}
+    ringcore.ring_attention(q, k, v, **keywords)  # tried on small tiles first
+    launched = []
+    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+        own = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, own=own, **kw: launched.append(own) or own(*a, **kw))
+    _, pullback = ringcore.ring_attention_vjp(q, k, v, **keywords)
+    assert len(launched) == 1
+    pullback(torch.ones_like(q))
+    assert len(launched) == 2
+
+
 def test_softcap_and_another_width_of_values():
     check("torch.cuda.flash4", torch.bfloat16, (1, 4, 2, 200, 200, 64, 64), 2, "zigzag", causal=True, softcap=5.0)
     check("torch.cuda.flash4", torch.bfloat16, (1, 4, 4, 200, 200, 64, 128), 2, "zigzag", causal=True)
