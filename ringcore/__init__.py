@@ -6,6 +6,7 @@ from ringcore.balance import balanced
 from ringcore.call import Call, Result, check_output_gradients
 from ringcore.discovery import find_transport
 from ringcore.documents import Documents, read_documents
+from ringcore.dropout import Dropout
 from ringcore.errors import (
     AgreementError,
     DeviceError,
@@ -41,6 +42,7 @@ __all__ = [
     "Capabilities",
     "DeviceError",
     "Documents",
+    "Dropout",
     "DtypeError",
     "Explanation",
     "FileError",

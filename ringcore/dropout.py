@@ -7,7 +7,7 @@ public domain), rows first; each pair then costs three products.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 
@@ -16,6 +16,41 @@ from ringcore.values import Array, Score, Tile, namespace
 _WORD = 0xFFFFFFFF
 _FIRST, _SECOND = 0xCC9E2D51, 0x1B873593
 _LAST, _LAST_BUT_ONE, _AGAIN = 0xC2B2AE35, 0x85EBCA6B, 0x9E3779B1
+
+
+class Dropout(NamedTuple):
+    """What decides about a tile's pairs, in numbers, for kernels that draw by themselves.
+
+    seed: the word after both words of the seed, on which those of batch entry, head and row follow. least: the smallest
+    word that stays. scale: what the weights that stay are multiplied with. The others are positions: of the tile's
+    first batch entry, head, row and key, and from one row or key to the next.
+    """
+
+    seed: int
+    least: int
+    scale: float
+    batch: int
+    head: int
+    row: int
+    row_step: int
+    key: int
+    key_step: int
+
+    @classmethod
+    def of(cls, score: Score, tile: Tile) -> Dropout:
+        """For a tile of one range of rows and one of columns."""
+        ((rows,), (columns,)) = tile.row_positions, tile.column_positions
+        seed = _absorbed(_absorbed(0, score.seed & _WORD), score.seed >> 32 & _WORD)
+        least = min(_WORD, round(score.dropout * (_WORD + 1)))
+        scale = 1.0 / (1.0 - score.dropout)
+        places = tile.batch.start, tile.q_heads.start, rows.start, rows.step, columns.start, columns.step
+        return cls(seed, least, scale, *places)
+
+    def corner(self, batch: int, row: int, key: int) -> Dropout:
+        """The same for a part of the tile, from this batch entry, row and key on."""
+        return self._replace(
+            batch=self.batch + batch, row=self.row + row * self.row_step, key=self.key + key * self.key_step
+        )
 
 
 def kept_weights(score: Score, tile: Tile, like: Array, dtype: Any) -> Array:
@@ -33,7 +68,8 @@ def kept_weights(score: Score, tile: Tile, like: Array, dtype: Any) -> Array:
 
     ((rows,), (columns,)) = tile.row_positions, tile.column_positions
     leading = (range(part.start, part.stop) for part in (tile.batch, tile.q_heads))
-    of_row: Array | int = _absorbed(_absorbed(0, score.seed & _WORD), score.seed >> 32 & _WORD)
+    draw = Dropout.of(score, tile)
+    of_row: Array | int = draw.seed
     for axis, places in enumerate((*leading, rows)):
         position = numbers(places, axis)
         of_row = _absorbed(_absorbed(of_row, position & _WORD), position >> 32 & _WORD)
@@ -43,8 +79,7 @@ def kept_weights(score: Score, tile: Tile, like: Array, dtype: Any) -> Array:
     pairs = _finished((of_row + of_key) & _WORD)
     pairs = _times(pairs ^ _times(of_row, _AGAIN), _LAST)
     drawn = pairs ^ (pairs >> 16)
-    kept = xp.astype(drawn >= round(score.dropout * (_WORD + 1)), dtype)
-    return kept / (1.0 - score.dropout)
+    return xp.astype(drawn >= draw.least, dtype) * draw.scale
 
 
 def _times(x: Any, factor: int) -> Any:

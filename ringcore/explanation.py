@@ -117,7 +117,7 @@ def _costs(arguments: Arguments) -> Iterator[str]:
     if arguments.alibi is not None:
         yield f"alibi: a bias that is made for blocks of {NUMBERS:,} numbers, forward and again backward"
     if arguments.score.dropout:
-        yield "dropout: no fused kernel can do it; what stays is drawn for each pair, forward and again backward"
+        yield "dropout: no library's fused kernel draws it; ours draw for each pair, forward and again backward"
 
 
 def _layout_words(*layouts: str | Layout) -> str:

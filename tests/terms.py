@@ -3,6 +3,8 @@
 import torch
 
 import ringcore
+from ringcore.dropout import kept_weights
+from ringcore.values import Score
 
 INF = float("inf")
 OUT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest |v|
@@ -62,18 +64,30 @@ def terms(name, generator, batch, heads, rows, keys):
             "scale": 0.7, "causal": True, "window": (40, 20), "query_offset": [3 * entry + 1 for entry in range(batch)],
             "key_lengths": [keys - 2 * entry for entry in range(batch)],
         },
+        "dropout": lambda: {"dropout": 0.3, "dropout_seed": (1 << 63) + 5, "causal": True},
+        "dropout and bias": lambda: {
+            "dropout": 0.6, "dropout_seed": 7, "bias": _hiding(g, 1, heads, rows, 1), "mask": _mask(g, batch, 1, 1, keys),
+            "softcap": 2.5,
+        },
     }[name]()  # fmt: skip
 
 
 NAMES = (
     "nothing", "causal", "bias", "bias with -inf", "bias of finfo.min", "bias for all heads", "bias for the whole batch",
     "bias of keys", "bias of rows", "bias of heads", "mask", "mask for all", "mask of keys", "mask of rows", "softcap",
-    "everything",
+    "everything", "dropout", "dropout and bias",
 )  # fmt: skip
 
 
+def _kept(weights, rate, seed):
+    """What dropout multiplies whole weights [B, H, S, T] with."""
+    sides = [slice(0, length) for length in weights.shape]
+    tile = ringcore.Tile(*sides[:2], sides[1], *sides[2:], *((range(length),) for length in weights.shape[2:]))
+    return kept_weights(Score(1.0, None, rate, seed), tile, weights, weights.dtype)
+
+
 def dense(q, k, v, bias, dout, dlse, *, mask=None, softcap=None, scale=None, causal=False, window=(None, None),
-          query_offset=0, key_lengths=None):  # fmt: skip
+          query_offset=0, key_lengths=None, dropout=0.0, dropout_seed=0):  # fmt: skip
     """out, lse and the gradients of q, k, v and bias, by autograd through whole float64 matrices."""
     leaves = [None if x is None else x.detach().double().requires_grad_() for x in (q, k, v, bias)]
     q, k, v, bias = leaves
@@ -102,7 +116,10 @@ def dense(q, k, v, bias, dout, dlse, *, mask=None, softcap=None, scale=None, cau
     top = scores.detach().amax(-1, keepdim=True)
     powers = torch.exp(scores - top).masked_fill(empty[..., None], 0.0)
     total = powers.sum(-1, keepdim=True).masked_fill(empty[..., None], 1.0)
-    out = powers / total @ v.repeat_interleave(group, 1)
+    weights = powers / total
+    if dropout:
+        weights = weights * _kept(weights, dropout, dropout_seed)
+    out = weights @ v.repeat_interleave(group, 1)
     lse = (top + torch.log(total))[..., 0].masked_fill(empty, 0.0)  # logsumexp's own gradient loses the total to top
     cotangents = [dout.double(), dlse.double().masked_fill(empty, 0.0)]
     gradients = torch.autograd.grad([out, lse], [x for x in leaves if x is not None], cotangents)
@@ -136,11 +153,14 @@ def check(
     came = pullback(dout, dlse)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
-    assert float((out.double() - due).abs().max() / v.nan_to_num().abs().max()) < OUT[dtype]
+    largest = v.nan_to_num().abs().max() / (1.0 - keywords.get("dropout", 0.0))  # what weights are made larger by
+    assert float((out.double() - due).abs().max() / largest) < OUT[dtype]
     seen = due_lse > -INF
     assert (lse[~seen] == -INF).all()
     assert (out[~seen] == 0).all()
-    assert ((lse[seen].double() - due_lse[seen]).abs() < 2e-6 * due_lse[seen].abs().clamp(min=1)).all()
+    # A score adds up as many products as q and k are wide, and a row may see one key alone.
+    close = 2e-6 * max(1.0, (width / 64) ** 0.5)
+    assert ((lse[seen].double() - due_lse[seen]).abs() < close * due_lse[seen].abs().clamp(min=1)).all()
     for x, mine, whole in zip(given.values(), came, expected, strict=True):
         assert mine.dtype == x.dtype
         assert mine.shape == x.shape

@@ -78,6 +78,6 @@ def test_kernels_that_cannot_drop_are_passed_over_and_say_so():
     found = ringcore.explain(x, x, x, dropout=0.1, dropout_seed=1)
     assert found.kernels == "reference"
     assert "numpy: they have no dropout" in found.passed
-    assert "costs    dropout: no fused kernel can do it" in str(found)
+    assert "costs    dropout: no library's fused kernel draws it" in str(found)
     with pytest.raises(ringcore.UnsupportedError, match="they have no dropout"):
         ringcore.ring_attention(x, x, x, dropout=0.1, dropout_seed=1, kernels="numpy")

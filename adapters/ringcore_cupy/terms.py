@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ringcore import Array, Score
+from ringcore import Array, Dropout, Score, Tile
 from ringcore_cupy.blocks import MOST_KEYS, Block
 from ringcore_cupy.compiling import kernel, steps
 
 
 class Terms:
-    """Softcap, bias and mask of a tile, and the kernels that are compiled for them."""
+    """Softcap, bias, mask and dropout of a tile, and the kernels that are compiled for them."""
 
-    def __init__(self, score: Score, bias: Array | None, mask: Array | None, wide: Any, narrow: Any) -> None:
+    def __init__(
+        self, score: Score, tile: Tile, bias: Array | None, mask: Array | None, wide: Any, narrow: Any
+    ) -> None:
         self._cap = float(score.softcap or 0.0)
         self._bias, self._mask = _Term(bias), _Term(mask)
+        self._draw = Dropout.of(score, tile) if score.dropout else None
         self._kinds: Mapping[str, Any] = {
             "WIDE": wide, "NUMBER": narrow, "BIAS": wide if bias is None else bias.dtype,
-            "SOFT": int(score.softcap is not None), "MOST_KEYS": MOST_KEYS,
+            "SOFT": int(score.softcap is not None), "DROPS": int(self._draw is not None), "MOST_KEYS": MOST_KEYS,
         }  # fmt: skip
 
     def kernel(self, name: str) -> Any:
@@ -27,7 +30,8 @@ class Terms:
 
     def arguments(self, entry: int, block: Block) -> tuple[int | float, ...]:
         """The last arguments of kernels of scores, for a batch entry."""
-        return (*self._bias.of(entry, block), *self._mask.of(entry, block), *block.bounds, self._cap)
+        found = *self._bias.of(entry, block), *self._mask.of(entry, block), *block.bounds, self._cap
+        return found if self._draw is None else (*found, *self._draw.corner(entry, block.rows[0], block.keys[0]))
 
 
 class _Term:

@@ -2,11 +2,54 @@
 // of q, k and v, WIDE that of sums. A launch has one batch entry; blockIdx.y is the head of q. Addresses are those of the
 // block's corner.
 
+#if DROPS
+typedef unsigned int Word;
+
+struct Draw {  // which weights dropout takes away, by the words of ringcore/dropout.py
+    Word seed, least;
+    WIDE scale;
+    Count batch, head, row, row_step, key, key_step;
+
+    static __device__ Word absorbed(Word state, Word word) {
+        word *= 0xCC9E2D51u;
+        state ^= (word << 15 | word >> 17) * 0x1B873593u;
+        return (state << 13 | state >> 19) * 5 + 0xE6546B64u;
+    }
+
+    static __device__ Word placed(Word state, Count place) {
+        return absorbed(absorbed(state, Word(place)), Word(place >> 32));
+    }
+
+    static __device__ Word finished(Word x) {
+        x = (x ^ x >> 16) * 0x85EBCA6Bu;
+        x = (x ^ x >> 13) * 0xC2B2AE35u;
+        return x ^ x >> 16;
+    }
+
+    __device__ Word of_row(Count in_heads, Count in_rows) const {
+        return finished(placed(placed(placed(seed, batch), head + in_heads), row + in_rows * row_step));
+    }
+
+    // What the weight of a key is multiplied with.
+    __device__ WIDE factor(Word of_row, Count in_keys) const {
+        Word x = finished(of_row + placed(0, key + in_keys * key_step));
+        x = (x ^ of_row * 0x9E3779B1u) * 0xC2B2AE35u;
+        return (x ^ x >> 16) >= least ? scale : WIDE(0);
+    }
+};
+#else
+struct Draw {  // nothing is taken away
+    __device__ int of_row(Count, Count) const { return 0; }
+    __device__ WIDE factor(int, Count) const { return WIDE(1); }
+};
+#endif
+
 struct Terms {  // what is done to q.k
     const BIAS *bias;
     const Byte *mask;
     Count bias_head, bias_row, bias_key, mask_head, mask_row, mask_key, lo, hi;
     WIDE cap;
+    Draw draw;
 
     // Whether a row sees a key, and what is added to their score.
     __device__ bool shows(Count head, Count row, Count key, WIDE &added) const {
@@ -35,11 +78,21 @@ struct Terms {  // what is done to q.k
     }
 };
 
+#if DROPS
+#define DRAW                                                                                                           \
+    , Count seed, Count least, double kept, Count first_batch, Count first_head, Count first_row, Count row_step,      \
+        Count first_key, Count key_step
+#define GIVEN_DRAW                                                                                                     \
+    Draw{Word(seed), Word(least), WIDE(kept), first_batch, first_head, first_row, row_step, first_key, key_step}
+#else
+#define DRAW
+#define GIVEN_DRAW Draw{}
+#endif
 #define TERMS                                                                                                          \
     const BIAS *bias, Count bh, Count bs, Count bt, const Byte *mask, Count kh, Count ks, Count kt, Count lo,          \
-        Count hi, double cap
+        Count hi, double cap DRAW
 #define POISON (NOTHING - NOTHING)  // NaN
-#define GIVEN_TERMS Terms{bias, mask, bh, bs, bt, kh, ks, kt, lo, hi, WIDE(cap)}
+#define GIVEN_TERMS Terms{bias, mask, bh, bs, bt, kh, ks, kt, lo, hi, WIDE(cap), GIVEN_DRAW}
 
 // A copy without gaps [B, H, T, W], 0 for NaN and infinities: products multiply what is hidden by 0. Which rows had some.
 extern "C" __global__ void clean(
@@ -91,13 +144,15 @@ extern "C" __global__ void weigh(
     top = largest_of_row(top);
     if (seen && old_top > top) top = old_top;
     const WIDE reference = top == NOTHING ? WIDE(0) : top;
+    const auto of_row = terms.draw.of_row(head, row);
     WIDE sums = 0;
 #pragma unroll
     for (int n = 0; n < MOST_KEYS / LANES; n++) {
         const Count key = n * LANES + lane();
         if (key < keys) {
-            const WIDE weight = exp(held[n] - reference);
+            WIDE weight = exp(held[n] - reference);
             sums += weight;
+            weight *= terms.draw.factor(of_row, key);
             weights[key] = NUMBER(poisoned[key] && terms.shows(head, row, key, added) ? POISON : weight);
         }
     }
@@ -143,14 +198,16 @@ extern "C" __global__ void pull_back(
     );
     const bool bad_weights = bad_dout[head * bad_dout_head + row], bad_row = bad_q[head * bad_q_head + row];
     bad_k += head / group * bad_k_head;
+    const auto of_row = terms.draw.of_row(head, row);
     const Count at = head * block_head + row * block_row;
     for (Count key = lane(); key < keys; key += LANES) {
         const WIDE raw = scores[at + key];
         WIDE added, weight = 0, gradient = 0;
         if (finished.seen && terms.shows(head, row, key, added)) {
             const WIDE score = terms.score(raw, added);
-            weight = bad_weights ? POISON : finished.weight(score);
-            if (slopes) gradient = finished.gradient(score, slopes[at + key]) * terms.slope(raw);
+            const WIDE factor = terms.draw.factor(of_row, key);
+            weight = bad_weights ? POISON : finished.weight(score) * factor;
+            if (slopes) gradient = finished.gradient(score, slopes[at + key] * factor) * terms.slope(raw);
             if (bad_row || bad_k[key]) gradient = POISON;
         }
         weights[at + key] = NUMBER(weight);
@@ -177,10 +234,13 @@ extern "C" __global__ void pull_back_bias(
                 maximum + head * mh + row * ms, total + head * th + row * ts, delta + head * dh + row * ds
             );
             if (!finished.seen) continue;
+            const auto of_row = terms.draw.of_row(head, row);
             const Count at = head * block_head + row * block_row;
             for (Count key = own_key; key < (own_keys == 1 ? keys : own_key + 1); key++)
-                if (terms.shows(head, row, key, added))
-                    sum += finished.gradient(terms.score(scores[at + key], added), slopes[at + key]);
+                if (terms.shows(head, row, key, added)) {
+                    const WIDE slope = slopes[at + key] * terms.draw.factor(of_row, key);
+                    sum += finished.gradient(terms.score(scores[at + key], added), slope);
+                }
         }
     dbias[own_head * gh + own_row * gs + own_key * gt] += sum;
 }

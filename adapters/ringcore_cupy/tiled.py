@@ -24,7 +24,7 @@ class Tiled:
     """
 
     capabilities = Capabilities(
-        "cupy.cuda.tiled", libraries=frozenset({"cupy"}), devices=frozenset({"cuda"}), preference=5
+        "cupy.cuda.tiled", libraries=frozenset({"cupy"}), devices=frozenset({"cuda"}), dropout=True, preference=5
     )
 
     def __init__(self, room: int = _ROOM, most_keys: int = MOST_KEYS) -> None:
@@ -43,7 +43,7 @@ class Tiled:
         with q.device, told(rows, keys, heads, Scratch.bytes(heads, sides, wide, q.dtype) + v.nbytes):
             state = empty_partial(q, v.shape[3]) if state is None else _taken(state, wide)
             if state.maximum.size and keys:
-                terms = Terms(score, bias, mask, wide, q.dtype)
+                terms = Terms(score, tile, bias, mask, wide, q.dtype)
                 Forward(q, k, v, state, terms, Scratch(heads, sides, wide, q.dtype)).run(tile.band, sides, score.scale)
         return state
 
@@ -60,7 +60,7 @@ class Tiled:
         copies = dout.nbytes + q.nbytes + k.nbytes
         with q.device, told(rows, keys, heads, 2 * Scratch.bytes(heads, sides, wide, q.dtype) + copies):
             if maximum.size and keys:
-                terms = Terms(score, bias, mask, wide, q.dtype)
+                terms = Terms(score, tile, bias, mask, wide, q.dtype)
                 scratch, more = (Scratch(heads, sides, wide, q.dtype) for _ in range(2))
                 arrays = {"dout": dout, "q": q, "k": k, "v": v}
                 call = Backward(arrays, (maximum, total, delta), into, terms, scratch, more)

@@ -10,16 +10,20 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ringcore_torch.triton_dropout import kept, words_of_keys, words_of_rows
+from ringcore_torch.triton_forward import RUNTIME
 from ringcore_torch.triton_scores import capped, columns_of, place, rows_of, visible
-
-_RUNTIME = ["rows", "keys", "lo", "hi"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _score_gradient(  # type: ignore[no-untyped-def]
-    q, k, v, dout, top, inverse, delta, seen, added, scale, softcap, soft: tl.constexpr, precision: tl.constexpr
-) -> Any:
-    """The weights of rows q [M, D] on keys k [N, D], the gradient of their scores, and that before the soft cap."""
+    q, k, v, dout, top, inverse, delta, seen, added, scale, softcap, of_row, of_key, least, kept_scale,
+    soft: tl.constexpr, drops: tl.constexpr, precision: tl.constexpr,
+) -> Any:  # fmt: skip
+    """The weights of rows q [M, D] and keys k [N, D] that dropout left, the scores' gradient, that before the soft cap.
+
+    of_row, of_key: the words of dropout.
+    """
     score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
     slope = 1.0
     if soft:
@@ -27,9 +31,15 @@ def _score_gradient(  # type: ignore[no-untyped-def]
         slope = 1.0 - inner * inner
     score = tl.where(seen, score + added, float("-inf"))
     weights = tl.exp(score - top[:, None]) * inverse[:, None]
-    gradient = weights * (tl.dot(dout, tl.trans(v), input_precision=precision) - delta[:, None])
+    given = tl.dot(dout, tl.trans(v), input_precision=precision)
+    used = weights
+    if drops:
+        stays = kept(of_row[:, None], of_key[None, :], least)
+        given = tl.where(stays, given * kept_scale, 0.0)
+        used = tl.where(stays, weights * kept_scale, 0.0)
+    gradient = weights * (given - delta[:, None])
     gradient = tl.where(seen, gradient, 0.0)
-    return weights, gradient, tl.where(seen, gradient * slope, 0.0)
+    return used, gradient, tl.where(seen, gradient * slope, 0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -40,13 +50,14 @@ def _statistics(maximum, total, at, here) -> Any:  # type: ignore[no-untyped-def
     return tl.where(here, top, 0.0), 1.0 / tl.where(here, sums, 1.0), here
 
 
-@triton.jit(do_not_specialize=_RUNTIME)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=RUNTIME)  # type: ignore[untyped-decorator]
 def query_gradient(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, dlse, delta, dout, out, dq,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, ob, oh, os, fb, fh, fs, gb, gh, gs,
     heads, group, rows, keys, lo, hi, scale, softcap, width, values,
-    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, precision: tl.constexpr,
-    with_dlse: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
+    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
+    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
+    precision: tl.constexpr, with_dlse: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
     block_rows: tl.constexpr, block_keys: tl.constexpr,
 ) -> Any:  # fmt: skip
     """One block of rows of dq [B, H, S, D], and of delta [B, H, S], which the other kernels read."""
@@ -68,6 +79,9 @@ def query_gradient(  # type: ignore[no-untyped-def]
         difference -= tl.load(dlse + at, here, 0.0)
     tl.store(delta + at, difference, row < rows)
     found = tl.zeros((block_rows, wide), tl.float32)
+    of_row = row
+    if drops:
+        of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)
     first, last = columns_of(block * block_rows, block_rows, rows, keys, lo, hi)
     for start in range(first // block_keys * block_keys, last, block_keys):
         key = start + column
@@ -79,20 +93,26 @@ def query_gradient(  # type: ignore[no-untyped-def]
             row[:, None], key[None, :], here[:, None] & there[None, :], lo, hi, bias, bs, bt, mask, ms, mt,
             banded, biased, masked,
         )  # fmt: skip
+        of_key = key
+        if drops:
+            of_key = words_of_keys(first_key, key_step, key)
         _, _, gradient = _score_gradient(
-            mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap, soft, precision
-        )
+            mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap,
+            of_row, of_key, least, kept_scale, soft, drops, precision,
+        )  # fmt: skip
         found = tl.dot(gradient.to(theirs.dtype), theirs, found, input_precision=precision)
     tl.store(dq + batch * gb + head * gh + r * gs + d[None, :], found * scale, (row < rows)[:, None] & in_width)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=RUNTIME)  # type: ignore[untyped-decorator]
 def key_gradients(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, delta, dout, dk, dv,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, ob, oh, os, gb, gh, gs, hb, hh, hs,
     heads, group, rows, keys, lo, hi, scale, softcap, width, values,
-    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, precision: tl.constexpr,
-    wide: tl.constexpr, wide_values: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
+    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
+    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
+    precision: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
+    block_rows: tl.constexpr, block_keys: tl.constexpr,
 ) -> Any:  # fmt: skip
     """One block of keys of dk [B, Hk, T, D] and dv [B, Hk, T, E], over all heads of q that read them."""
     batch, key_head, block = place(tl.cdiv(keys, block_keys), heads // group)
@@ -103,6 +123,9 @@ def key_gradients(  # type: ignore[no-untyped-def]
     theirs = tl.load(k + batch * kb + key_head * kh + t * ks + d[None, :], there[:, None] & in_width, 0.0)
     given = tl.load(v + batch * vb + key_head * vh + t * vs + e[None, :], there[:, None] & in_values, 0.0)
     found, found_values = tl.zeros((block_keys, wide), tl.float32), tl.zeros((block_keys, wide_values), tl.float32)
+    of_key = key
+    if drops:
+        of_key = words_of_keys(first_key, key_step, key)
     first, last = rows_of(block * block_keys, block_keys, rows, keys, lo, hi)
     for head in range(key_head * group, (key_head + 1) * group):
         for start in range(first // block_rows * block_rows, last, block_rows):
@@ -117,29 +140,35 @@ def key_gradients(  # type: ignore[no-untyped-def]
                 row[:, None], key[None, :], here[:, None] & there[None, :], lo, hi,
                 bias + batch * bb + head * bh, bs, bt, mask + batch * mb + head * mh, ms, mt, banded, biased, masked,
             )  # fmt: skip
+            of_row = row
+            if drops:
+                of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)
             weights, _, gradient = _score_gradient(
-                mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap, soft, precision
-            )
+                mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap,
+                of_row, of_key, least, kept_scale, soft, drops, precision,
+            )  # fmt: skip
             found_values = tl.dot(tl.trans(weights.to(do.dtype)), do, found_values, input_precision=precision)
             found = tl.dot(tl.trans(gradient.to(mine.dtype)), mine, found, input_precision=precision)
     tl.store(dk + batch * gb + key_head * gh + t * gs + d[None, :], found * scale, there[:, None] & in_width)
     tl.store(dv + batch * hb + key_head * hh + t * hs + e[None, :], found_values, there[:, None] & in_values)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=RUNTIME)  # type: ignore[untyped-decorator]
 def bias_gradient(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, delta, dout,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, ob, oh, os,
     dbias, gb, gh, gs, gt, batches, heads, group, rows, keys, lo, hi, scale, softcap, width, values,
+    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
     batch_once: tl.constexpr, head_once: tl.constexpr, row_once: tl.constexpr, key_once: tl.constexpr,
-    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, precision: tl.constexpr,
-    wide: tl.constexpr, wide_values: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
+    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
+    precision: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
+    block_rows: tl.constexpr, block_keys: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Adds to one block of dbias the gradients of all scores that the bias was added to; "once": its axis is 1."""
     row_blocks = 1 if row_once else tl.cdiv(rows, block_rows)
     key_blocks = 1 if key_once else tl.cdiv(keys, block_keys)
     own_batch, own_head, block = place(row_blocks * key_blocks, 1 if head_once else heads)
-    first_row, first_key = block // key_blocks * block_rows, block % key_blocks * block_keys
+    top_row, left_key = block // key_blocks * block_rows, block % key_blocks * block_keys
     d, e = tl.arange(0, wide), tl.arange(0, wide_values)
     in_width, in_values = (d < width)[None, :], (e < values)[None, :]
     found = tl.zeros((block_rows, block_keys), tl.float32)
@@ -147,7 +176,7 @@ def bias_gradient(  # type: ignore[no-untyped-def]
         batch = own_batch + batch_step
         for head_step in range(0, heads if head_once else 1):
             head = own_head + head_step
-            for row_start in range(first_row, rows if row_once else first_row + 1, block_rows):
+            for row_start in range(top_row, rows if row_once else top_row + 1, block_rows):
                 row = row_start + tl.arange(0, block_rows)
                 at = (batch * heads + head) * rows + row
                 top, inverse, here = _statistics(maximum, total, at, row < rows)
@@ -156,8 +185,8 @@ def bias_gradient(  # type: ignore[no-untyped-def]
                 do = tl.load(dout + batch * ob + head * oh + r * os + e[None, :], here[:, None] & in_values, 0.0)
                 difference = tl.load(delta + at, here, 0.0)
                 first, last = columns_of(row_start, block_rows, rows, keys, lo, hi)
-                key_start = first // block_keys * block_keys if key_once else first_key
-                for start in range(key_start, last if key_once else first_key + 1, block_keys):
+                key_start = first // block_keys * block_keys if key_once else left_key
+                for start in range(key_start, last if key_once else left_key + 1, block_keys):
                     key = start + tl.arange(0, block_keys)
                     there = (key >= first) & (key < last)
                     t = key.to(tl.int64)[:, None]
@@ -172,11 +201,16 @@ def bias_gradient(  # type: ignore[no-untyped-def]
                         bias + batch * bb + head * bh, bs, bt, mask + batch * mb + head * mh, ms, mt,
                         banded, biased, masked,
                     )  # fmt: skip
+                    of_row, of_key = row, key
+                    if drops:
+                        of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)
+                        of_key = words_of_keys(first_key, key_step, key)
                     _, gradient, _ = _score_gradient(
-                        mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap, soft, precision
-                    )
+                        mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap,
+                        of_row, of_key, least, kept_scale, soft, drops, precision,
+                    )  # fmt: skip
                     found += gradient
-    row, key = first_row + tl.arange(0, block_rows)[:, None], first_key + tl.arange(0, block_keys)[None, :]
+    row, key = top_row + tl.arange(0, block_rows)[:, None], left_key + tl.arange(0, block_keys)[None, :]
     if row_once:
         found, row = tl.sum(found, 0)[None, :], tl.zeros((1, 1), tl.int32)
     if key_once:

@@ -19,7 +19,7 @@ class Triton:
 
     capabilities = Capabilities(
         "torch.cuda.triton", dtypes=frozenset({"float16", "bfloat16", "float32"}), libraries=frozenset({"torch"}),
-        devices=frozenset({"cuda"}), fused=True, preference=5, poison_rows=False, largest_head=256,
+        devices=frozenset({"cuda"}), dropout=True, fused=True, preference=5, poison_rows=False, largest_head=256,
     )  # fmt: skip
 
     def capturing(self) -> bool:
@@ -31,7 +31,7 @@ class Triton:
         bias: Tensor | None = None, mask: Tensor | None = None, state: None = None,
     ) -> Partial:  # fmt: skip
         """The tile's own partial, in float32; see `ringcore.Kernels`."""
-        launch = Launch(q, k, v, bias, mask, tile.band, score)
+        launch = Launch(q, k, v, bias, mask, tile, score)
         weighted = ordered_like(q[..., :1].expand(*q.shape[:3], v.shape[3]))
         maximum, total = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
         launch.over_rows(forward, launch.with_seen(_VALUE), (maximum, total), (weighted,))
@@ -46,7 +46,7 @@ class Triton:
 
         They are made from maximum and total: lse alone has lost what many scores of -1e38 add up to.
         """
-        launch = Launch(q, k, v, bias, mask, tile.band, score)
+        launch = Launch(q, k, v, bias, mask, tile, score)
         dout, out, dlse = without_gaps(dout), without_gaps(out), None if dlse is None else dlse.contiguous()
         maximum, total = maximum.contiguous(), total.contiguous()
         difference = torch.empty_like(maximum)  # rowsum(dout * out) - dlse

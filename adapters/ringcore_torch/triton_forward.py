@@ -7,18 +7,25 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ringcore_torch.triton_dropout import kept, words_of_keys, words_of_rows
 from ringcore_torch.triton_scores import capped, columns_of, place, visible
 
-_RUNTIME = ["rows", "keys", "lo", "hi"]  # they change with every tile, which must not compile anything anew
+# They change with every tile, which must not compile anything anew.
+RUNTIME = [
+    "rows", "keys", "lo", "hi", "seed", "least", "first_batch", "first_head", "first_row", "row_step", "first_key",
+    "key_step",
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUNTIME)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=RUNTIME)  # type: ignore[untyped-decorator]
 def forward(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, weighted,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, wb, wh, ws,
     heads, group, rows, keys, lo, hi, scale, softcap, width, values,
-    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, precision: tl.constexpr,
-    wide: tl.constexpr, wide_values: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
+    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
+    banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
+    precision: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
+    block_rows: tl.constexpr, block_keys: tl.constexpr,
 ) -> Any:  # fmt: skip
     """One block of rows: weighted [B, H, S, E], maximum and total [B, H, S] in float32."""
     batch, head, block = place(tl.cdiv(rows, block_rows), heads)
@@ -34,6 +41,8 @@ def forward(  # type: ignore[no-untyped-def]
     top = tl.full((block_rows,), float("-inf"), tl.float32)
     sums = tl.zeros((block_rows,), tl.float32)
     found = tl.zeros((block_rows, wide_values), tl.float32)
+    if drops:
+        of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)[:, None]
     first, last = columns_of(block * block_rows, block_rows, rows, keys, lo, hi)
     for start in range(first // block_keys * block_keys, last, block_keys):
         key = start + column
@@ -53,6 +62,9 @@ def forward(  # type: ignore[no-untyped-def]
         weights = tl.exp(score - reference[:, None])
         old = tl.exp(top - reference)
         sums = sums * old + tl.sum(weights, 1)
+        if drops:
+            stays = kept(of_row, words_of_keys(first_key, key_step, key)[None, :], least)
+            weights = tl.where(stays, weights * kept_scale, 0.0)
         given = tl.load(v + place_of_key[:, None] * vs + e[None, :], there[:, None] & (e < values)[None, :], 0.0)
         found = tl.dot(weights.to(given.dtype), given, found * old[:, None], input_precision=precision)
         top = new
@@ -64,7 +76,7 @@ def forward(  # type: ignore[no-untyped-def]
     tl.store(weighted + row.to(tl.int64)[:, None] * ws + e[None, :], found, here[:, None] & (e < values)[None, :])
 
 
-@triton.jit(do_not_specialize=_RUNTIME)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=RUNTIME[:4])  # type: ignore[untyped-decorator]
 def seen_keys(  # type: ignore[no-untyped-def]
     bias, mask, shown, bb, bh, bs, bt, mb, mh, ms, mt, heads, rows, keys, lo, hi,
     banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr,

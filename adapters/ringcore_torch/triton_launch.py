@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from ringcore import Band, Score
+from ringcore import Band, Dropout, Score, Tile
 from ringcore_torch.triton_blocks import Blocks
 from ringcore_torch.triton_forward import seen_keys
 
 Tensor = torch.Tensor
 
 _FAR = 1 << 30  # a bound of a band that hides nothing
+_NOTHING_DRAWN = 0, 0, 1.0, 0, 0, 0, 0, 0, 0
 _SIDE = 64  # of the blocks in which seen keys are looked for
 
 
@@ -24,7 +25,7 @@ class Launch:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, band: Band, score: Score
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, tile: Tile, score: Score
     ) -> None:
         self.inputs = without_gaps(q), without_gaps(k), without_gaps(v)
         self.batches, self.heads, self.rows, self.width = q.shape
@@ -34,7 +35,10 @@ class Launch:
         # What is not there is never read; a kernel wants a pointer all the same.
         self._pointers = q if bias is None else bias, q if mask is None else mask
         self._steps = *_broadcast_strides(bias), *_broadcast_strides(mask)
+        band = tile.band
         self._band = -_FAR if band.lo is None else band.lo, _FAR if band.hi is None else band.hi
+        self._drops = bool(score.dropout)
+        self._draw = _numbers(Dropout.of(score, tile)) if self._drops else _NOTHING_DRAWN
         self._hides = {"banded": band != Band(), "biased": bias is not None, "masked": mask is not None}
         self._cap = score.softcap or 1.0
         self._soft = score.softcap is not None
@@ -95,8 +99,8 @@ class Launch:
                 *inputs, *self._pointers, *statistics, *rowwise,
                 *_strides(inputs), *self._steps, *_strides(rowwise), *further,
                 self.heads, self.heads // self.key_heads, self.rows, self.keys, *self._band,
-                self._scale, self._cap, self.width, self.values,
-                **self._hides, soft=self._soft, **self.blocks(kernel).choices, **choices,
+                self._scale, self._cap, self.width, self.values, *self._draw,
+                **self._hides, soft=self._soft, drops=self._drops, **self.blocks(kernel).choices, **choices,
             )  # fmt: skip
 
 
@@ -111,6 +115,12 @@ def ordered_like(x: Tensor) -> Tensor:
 def without_gaps(x: Tensor) -> Tensor:
     """x, or a copy of it, with the numbers of each row side by side."""
     return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _numbers(draw: Dropout) -> tuple[int | float, ...]:
+    """As kernels take them: a word is an integer of 32 bits, whatever its sign then is."""
+    seed, least = (word - (word >> 31 << 32) for word in (draw.seed, draw.least))
+    return seed, least, *draw[2:]
 
 
 def _strides(arrays: Sequence[Tensor]) -> list[int]:

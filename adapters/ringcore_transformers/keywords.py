@@ -47,6 +47,7 @@ def check_dropout(dropout: float) -> None:
     """Raise UnsupportedError for a rate other than 0."""
     if dropout:
         raise UnsupportedError(
-            f"the model trains with an attention dropout of {dropout}, which ring attention lacks. Set that rate to 0 "
-            "in the config (attention_dropout, attention_probs_dropout_prob or attn_pdrop), or call model.eval()."
+            f"the model trains with an attention dropout of {dropout}. Ring attention wants a seed for that, the same "
+            "on every rank and another one for each call, which transformers does not give. Set that rate to 0 in the "
+            "config (attention_dropout, attention_probs_dropout_prob or attn_pdrop), or call model.eval()."
         )

@@ -157,4 +157,13 @@ MUTANTS = (
         "tests/torch_adapter/test_launch_gloo.py",
         "dies_is_an_error and first",
     ),
+    Mutant(
+        "rendezvous by the numbers of each process",
+        "adapters/ringcore_torch/rendezvous.py",
+        "str(self._numbers.setdefault(number, len(self._numbers)))",
+        "number",
+        "tests/torch_adapter/test_rendezvous.py",
+        "whatever_numbers",
+        error="DistStoreError",
+    ),
 )

@@ -63,13 +63,13 @@ def check(said, names):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("soft", [0, 1])
+@pytest.mark.parametrize(("soft", "drops"), [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize(
     ("kind", "bias"), [("float64", "float16"), ("float32", "float32"), ("float16", "bfloat16"), ("bfloat16", "float64")]
 )
-def test_tiles(nvrtc, kind, bias, soft, architecture):
+def test_tiles(nvrtc, kind, bias, soft, drops, architecture):
     kinds = {"WIDE": WIDE.get(kind, KINDS["float32"]), "NUMBER": KINDS[kind], "BIAS": KINDS[bias]}
-    said = compiled(nvrtc, "tiled.cu", architecture, SOFT=soft, MOST_KEYS=MOST_KEYS, **kinds)
+    said = compiled(nvrtc, "tiled.cu", architecture, SOFT=soft, DROPS=drops, MOST_KEYS=MOST_KEYS, **kinds)
     check(said, {"clean", "weigh", "pull_back", "pull_back_bias"})
 
 

@@ -19,7 +19,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have, by com
 POINTERS = {"maximum", "total", "dlse", "delta", "weighted", "dq", "dk", "dv", "dbias"}
 LIKE_Q = {"q", "k", "v", "bias", "dout", "out"}
 CHOICES = {
-    "banded": True, "biased": True, "masked": True, "soft": True, "with_dlse": True,
+    "banded": True, "biased": True, "masked": True, "soft": True, "drops": True, "with_dlse": True,
     "batch_once": True, "head_once": False, "row_once": False, "key_once": False,
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def compiled(name, dtype, width, capability, **chosen):
         elif argument in LIKE_Q:
             signature[argument] = f"*{number}"
         else:
-            signature[argument] = "fp32" if argument in ("scale", "softcap") else "i32"
+            signature[argument] = "fp32" if argument in ("scale", "softcap", "kept_scale") else "i32"
         if signature[argument].startswith("*") or len(argument) == 2:  # arrays and their strides
             aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)

@@ -42,13 +42,13 @@ def test_one_column_of_numbers(name):
     check(KERNELS, "cpu", torch.float32, (1, 1, 1, 70, 9, 1, 3), name)
 
 
-@pytest.mark.parametrize("name", ["bias of finfo.min", "bias of keys", "everything"])
+@pytest.mark.parametrize("name", ["bias of finfo.min", "bias of keys", "everything", "dropout"])
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])
 def test_rings(name, layout):
     check(KERNELS, "cpu", torch.float32, (2, 4, 2, 37, 37, 8, 12), name, size=3, layout=layout, memory="bshd")
 
 
-@pytest.mark.parametrize("name", ["mask", "bias with -inf"])
+@pytest.mark.parametrize("name", ["mask", "bias with -inf", "dropout", "dropout and bias"])
 def test_half_types_and_a_bias_of_another(name):
     check(KERNELS, "cpu", torch.float16, (1, 2, 2, 37, 53, 60, 20), name)
     check(KERNELS, "cpu", torch.float16, (1, 2, 2, 37, 53, 16, 16), name, bias_dtype=torch.float64)
