@@ -15,6 +15,22 @@ _INTERVAL = 0.1  # seconds between two looks
 _LAST = 5.0  # seconds that the end of the process waits for the channels to close
 
 
+_going: set[Watch] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    """All at once: to close a channel takes every rank of its ring, and ranks may have made theirs in any order.
+
+    A thread that is still within NCCL when the interpreter ends takes the process down with it.
+    """
+    going, deadline = list(_going), time.monotonic() + _LAST
+    for watch in going:
+        watch.close()
+    for watch in going:
+        watch.ended(deadline)
+
+
 class Watched(Protocol):
     """A channel whose operations the GPU runs by itself."""
 
@@ -55,7 +71,7 @@ class Watch:
         self._aborted = False
         self._thread = threading.Thread(target=self._run, name="ringcore deadline", daemon=True)
         self._thread.start()
-        atexit.register(self._close_at_exit)
+        _going.add(self)
 
     def abort(self) -> None:
         """End all operations, on this rank."""
@@ -70,9 +86,9 @@ class Watch:
         self._closing.set()
         self._begun.set()
 
-    def _close_at_exit(self) -> None:
-        self.close()
-        self._thread.join(_LAST)
+    def ended(self, deadline: float) -> None:
+        """Wait until the channels are closed, or until then (monotonic)."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         going_on = True
@@ -87,7 +103,7 @@ class Watch:
                     for channel in self._channels:
                         channel.close()
         self.abort()
-        atexit.unregister(self._close_at_exit)
+        _going.discard(self)
 
     def _followed(self) -> bool:
         """Look until nothing is under way; False if the ring ended first."""
