@@ -42,15 +42,24 @@ def context_parallel(rotate: str, arrays: list[Tensor], dout: Tensor | None) -> 
 def ring_flash_attn() -> Attend:
     """ring-flash-attn's zigzag ring over all ranks, its best mode for causal attention, on torch's FlashAttention-2.
 
-    Raises ImportError where the package is not installed. Its top module is passed by: that patches transformers, and
-    fails beside a new one; the module of the zigzag ring is loaded as it is.
+    Raises ImportError where the package is not installed.
     """
-    found = importlib.util.find_spec("ring_flash_attn")
-    if found is None:
-        raise ImportError("the package ring-flash-attn is not installed")
-    flash_attn_stand_in.install()
-    package = ModuleType("ring_flash_attn")
-    package.__path__ = list(found.submodule_search_locations or ())
-    sys.modules["ring_flash_attn"] = package
-    zigzag = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn").zigzag_ring_flash_attn_func
+    zigzag = ring_flash_attn_module("zigzag_ring_flash_attn").zigzag_ring_flash_attn_func
     return lambda q, k, v: zigzag(q, k, v, causal=True)
+
+
+def ring_flash_attn_module(name: str) -> ModuleType:
+    """A module of ring-flash-attn, unmodified, on the stand-in for flash_attn.
+
+    Raises ImportError where the package is not installed. Its top module is passed by: that patches transformers, and
+    fails beside a new one.
+    """
+    if "ring_flash_attn" not in sys.modules:
+        found = importlib.util.find_spec("ring_flash_attn")
+        if found is None:
+            raise ImportError("the package ring-flash-attn is not installed")
+        flash_attn_stand_in.install()
+        package = ModuleType("ring_flash_attn")
+        package.__path__ = list(found.submodule_search_locations or ())
+        sys.modules["ring_flash_attn"] = package
+    return importlib.import_module(f"ring_flash_attn.{name}")

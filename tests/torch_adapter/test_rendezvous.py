@@ -1,6 +1,7 @@
 """Torch's rendezvous of symmetric memory, among ranks that had differently many of them with others before."""
 
 import gc
+from datetime import timedelta
 
 import pytest
 from torch.distributed import HashStore, PrefixStore
@@ -24,6 +25,7 @@ def exchange(meetings, numbers, word):
 
 def test_ranks_meet_whatever_numbers_their_processes_count():
     store = HashStore()
+    store.set_timeout(timedelta(seconds=5))
     meetings = [Meeting(store, rank, 3) for rank in range(3)]
     for word, numbers in (("a", (0, 5, 2)), ("b", (1, 6, 9)), ("c", (3, 7, 11))):
         assert exchange(meetings, numbers, word) == [[f"{word}{rank}" for rank in range(3)]] * 3

@@ -1,5 +1,7 @@
 """Torch's two operators of FlashAttention-2, which have kernels for GPUs alone, as dense attention on the CPU."""
 
+from itertools import pairwise
+
 import torch
 
 
@@ -22,10 +24,23 @@ def scores_of(q, k, causal, scale, left, right):
     return scores
 
 
+def sequences(sides):
+    """Of arrays whose sequences lie end to end, those of each sequence, as a batch of one."""
+    cut = [[x[None, a:b] for a, b in pairwise(starts.tolist())] for x, starts in sides]
+    return zip(*cut, strict=True)
+
+
 def forward(
     q, k, v, q_starts, k_starts, q_length, k_length, dropout, causal, debug, *,
     scale=None, window_size_left=None, window_size_right=None, **_,
 ):  # fmt: skip
+    keywords = {"scale": scale, "window_size_left": window_size_left, "window_size_right": window_size_right}
+    if q_starts is not None:
+        parts = [
+            forward(*x, None, None, q_length, k_length, dropout, causal, debug, **keywords)
+            for x in sequences(((q, q_starts), (k, k_starts), (v, k_starts)))
+        ]
+        return torch.cat([x[0][0] for x in parts]), torch.cat([x[1][0] for x in parts], 1), *parts[0][2:]
     scores = scores_of(q, k, causal, scale, window_size_left, window_size_right)
     out = torch.einsum("bhst,bthe->bshe", torch.softmax(scores, -1), v.double()).to(q.dtype)
     state = torch.zeros(2, dtype=torch.int64)
@@ -36,6 +51,14 @@ def backward(
     dout, q, k, v, out, lse, q_starts, k_starts, q_length, k_length, dropout, causal, state, unused, *,
     scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
+    keywords = {"scale": scale, "window_size_left": window_size_left, "window_size_right": window_size_right}
+    if q_starts is not None:
+        sides = (dout, q_starts), (q, q_starts), (k, k_starts), (v, k_starts), (out, q_starts), (lse.T, q_starts)
+        parts = [
+            backward(*x, lse.mT, None, None, q_length, k_length, dropout, causal, state, unused, **keywords)
+            for *x, lse in sequences(sides)
+        ]
+        return tuple(torch.cat([x[place][0] for x in parts]) for place in range(3))
     weights = torch.exp(scores_of(q, k, causal, scale, window_size_left, window_size_right) - lse.double()[..., None])
     dweights = torch.einsum("bshe,bthe->bhst", dout.double(), v.double())
     delta = torch.einsum("bshe,bshe->bhs", dout.double(), out.double())

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import flash2_on_cpu
@@ -15,6 +16,7 @@ import ringcore
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import flash_attn_stand_in
+import packed_peers
 import peers
 
 SHAPE = {"rows": 48, "heads": 2, "key_heads": 2, "width": 8, "values": 8}
@@ -42,6 +44,28 @@ def test_ring_flash_attn_on_the_stand_in_is_dense_attention_with_gradients(world
     came = out, *torch.autograd.grad(out, leaves, shards[3])
     for x, y in zip(came, due, strict=True):
         torch.testing.assert_close(gathered(x, "zigzag", 1).transpose(1, 2), y.half(), atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in packed_peers.RINGS if name.startswith("ring-flash-attn")])
+def test_its_rings_of_packed_documents_are_dense_attention_with_gradients(world, operators, monkeypatch, name):
+    peer()
+    size = dist.get_world_size()
+    if size == 1:
+        pytest.skip("it sends to itself where there is one rank")
+    monkeypatch.setattr(packed_peers, "DEVICE", "cpu")
+    ends = [4 * size * end for end in (0, 1, 4, 5, 12)]
+    shape = {**SHAPE, "rows": ends[-1], "heads": 16, "key_heads": 16}
+    arrays = draw(**shape, dtype=torch.float16)
+    dout = torch.randn(arrays[0].shape, generator=torch.Generator().manual_seed(1)).half()
+    parts = [dense(*(x[:, :, a:b] for x in arrays))[0] for a, b in pairwise(ends)]
+    out = torch.cat(parts, 2)
+    due = out, *torch.autograd.grad(out, arrays, dout.double())
+    attend, rows = packed_peers.RINGS[name](ends)
+    *leaves, mine = (rows(x.detach().transpose(1, 2)).contiguous() for x in (*arrays, dout))
+    leaves = [x.requires_grad_() for x in leaves]
+    out = attend(*leaves)
+    for x, y in zip((out, *torch.autograd.grad(out, leaves, mine)), due, strict=True):
+        torch.testing.assert_close(x.detach(), rows(y.detach().transpose(1, 2)).half(), atol=4e-3, rtol=4e-3)
 
 
 def peer():
