@@ -4,6 +4,7 @@ from ringcore.api import ring_attention, ring_attention_vjp
 from ringcore.arguments import Inputs
 from ringcore.balance import balanced
 from ringcore.call import Call, Result, check_output_gradients
+from ringcore.dilated import dilated_attention, dilated_attention_vjp
 from ringcore.discovery import find_transport
 from ringcore.documents import Documents, read_documents
 from ringcore.dropout import Dropout
@@ -74,6 +75,8 @@ __all__ = [
     "balanced",
     "check_output_gradients",
     "contiguous",
+    "dilated_attention",
+    "dilated_attention_vjp",
     "dtype_name",
     "empty_partial",
     "explain",

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
 
 from ringcore.arguments import Arguments, library_name
@@ -97,6 +97,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "prefix": "no prefix" if arguments.prefix_k is None else f"{arguments.prefix_k.shape[2]} keys",
         "mask of positions": _function_note(arguments.mask_of),
         "reduce_replicated": arguments.reduce_replicated,
+        "dilation": None if arguments.dilation is None else astuple(arguments.dilation),
         "layout of q": _layout_note(arguments.q_layout),
         "layout of k and v": _layout_note(arguments.k_layout),
         **columns,

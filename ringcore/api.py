@@ -111,8 +111,12 @@ def ring_attention(
         "dropout": dropout, "dropout_seed": dropout_seed, "reduce_replicated": reduce_replicated,
         "mask_of": mask if callable(mask) else None,
     }  # fmt: skip
-    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
-    adapter = autograd_adapter(type(q))
+    return attend("ring_attention", Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi), return_lse, **keywords)
+
+
+def attend(name: str, inputs: Inputs, return_lse: bool, **keywords: Any) -> Any:
+    """out, or (out, lse), of the function of this name: by the autograd of the arrays' library if it has one."""
+    adapter = autograd_adapter(type(inputs.q))
     if adapter is not None:
         found = sys.modules[adapter].attend(inputs, return_lse=return_lse, **keywords)
         if found is not NotImplemented:
@@ -126,9 +130,9 @@ def ring_attention(
                 "ring_attention_vjp with it."
             )
 
-    prepared = Call("ring_attention", **keywords).prepare(inputs, further)
-    result = prepared.forward()
-    out = swap_axes(result.out, axes)
+    call = Call(name, **keywords)
+    result = call.prepare(inputs, further).forward()
+    out = swap_axes(result.out, call.axes)
     return (out, result.lse) if return_lse else out
 
 
@@ -179,10 +183,14 @@ def ring_attention_vjp(
         dropout=dropout, dropout_seed=dropout_seed, reduce_replicated=reduce_replicated,
         mask_of=mask if callable(mask) else None, gradient=True, wrt=wrt,
     )  # fmt: skip
-    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
+    return with_pullback(call, Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi))
+
+
+def with_pullback(call: Call, inputs: Inputs) -> tuple[tuple[Array, Array], Pullback]:
+    """The results of a call that is to have gradients, and the function that makes them."""
     prepared = call.prepare(inputs, lambda _: check_detached(**inputs._replace(alibi=None)._asdict()))
     result = prepared.forward(keep_wide=True)
-    out, lse, names = swap_axes(result.out, axes), result.lse, tuple(wrt)
+    out, lse, names = swap_axes(result.out, call.axes), result.lse, tuple(call.wrt)
 
     def pullback(dout: Array, dlse: Array | None = None) -> tuple[Array, ...]:
         prepared.session.check(lambda: check_output_gradients(dout, dlse, out, lse), "pullback")

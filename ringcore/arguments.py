@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
+from ringcore.dilation import Dilation, check_dilation
 from ringcore.documents import Documents, read_documents
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError, UnsupportedError
 from ringcore.integers import integers_of_entries, is_integer
@@ -36,7 +37,8 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(
-        cls, q: Array, k: Array, v: Array, bias: Any, mask: Any, sinks: Any, prefix: Any, alibi: Any
+        cls, q: Array, k: Array, v: Array, bias: Any = None, mask: Any = None, sinks: Any = None, prefix: Any = None,
+        alibi: Any = None,
     ) -> Inputs:  # fmt: skip
         """The arrays with those of ``prefix``; what is no pair is left for the checks, where the other ranks hear."""
         mask = None if callable(mask) else mask  # a function of positions is a keyword
@@ -49,7 +51,8 @@ class Arguments:
     """One rank's arguments: arrays as [B, H, S, D], bias and mask with four axes, keywords in full.
 
     bias_shape is as it came. sinks and alibi [H]; prefix_k and prefix_v [B, Hk, P, ...]. offsets has one entry per
-    batch entry; key_lengths too, or is None for "all keys". mask_of is a mask as a function of positions.
+    batch entry; key_lengths too, or is None for "all keys". mask_of is a mask as a function of positions, dilation what
+    `ringcore.dilated_attention` was told.
     """
 
     q: Array
@@ -73,6 +76,7 @@ class Arguments:
     axes: str
     reduce_replicated: bool
     mask_of: Mask | None
+    dilation: Dilation | None
 
     @property
     def dtype(self) -> str:
@@ -103,7 +107,7 @@ def check_arguments(
     dropout: float = 0.0, dropout_seed: int | None = None, query_offset: Any,
     key_lengths: Any, documents: Any = None, cu_seqlens: Any = None, layout: str | Layout,
     q_layout: str | Layout | None = None, k_layout: str | Layout | None = None, axes: str,
-    reduce_replicated: bool = False, mask_of: Mask | None = None,
+    reduce_replicated: bool = False, mask_of: Mask | None = None, dilation: Any = None,
 ) -> Arguments:  # fmt: skip
     """The arguments in full, or the first error among them. Lengths across ranks are checked later."""
     if not isinstance(axes, str) or axes not in AXES:
@@ -148,6 +152,7 @@ def check_arguments(
         axes=axes,
         reduce_replicated=bool(reduce_replicated),
         mask_of=mask_of,
+        dilation=check_dilation(dilation),
     )  # fmt: skip
 
 
@@ -360,6 +365,11 @@ def check_columns(arguments: Arguments, queries: int, keys: int) -> None:
                 f"{name} has {term.shape[3]} columns, but there are {keys} keys over all ranks. "
                 "It must hold 1 column or all of them, in global order."
             )
+    if arguments.dilation is not None and queries != keys:
+        raise ShapeError(
+            f"q has {queries} rows over all ranks, and k has {keys}: dilated attention is of one sequence with itself, "
+            "whose segments hold queries and keys of the same positions."
+        )
     for entry, length in enumerate(arguments.key_lengths or ()):
         if length > keys:
             raise KeywordError(f"key_lengths is {length} for batch entry {entry}, but there are only {keys} keys.")

@@ -72,6 +72,7 @@ class Call:
     dropout_seed: int | None = None
     reduce_replicated: bool = False
     mask_of: Mask | None = None
+    dilation: Any = None
     gradient: bool = False
     wrt: Any = ()
     known: dict[Any, Known] | None = field(default=None, repr=False, compare=False)
@@ -181,7 +182,7 @@ class Call:
             dropout=self.dropout, dropout_seed=self.dropout_seed, query_offset=self.query_offset,
             key_lengths=self.key_lengths, documents=self.documents, cu_seqlens=self.cu_seqlens, layout=self.layout,
             q_layout=self.q_layout, k_layout=self.k_layout, axes=self.axes, reduce_replicated=self.reduce_replicated,
-            mask_of=self.mask_of,
+            mask_of=self.mask_of, dilation=self.dilation,
         )  # fmt: skip
         check_library = _library_check(arguments.q)
         if check_library is not None:

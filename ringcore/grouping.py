@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ringcore.values import Band, Tile
+from ringcore.pieces import pieces
+from ringcore.values import Band, Capabilities, Tile
+
+_KEPT = 256  # steps whose launches are remembered: plans are, and to group thousands of tiles takes milliseconds
+_remembered: dict[tuple[int, str, int], tuple[Sequence[Tile], list[Tile]]] = {}
+
+
+def launches(tiles: Sequence[Tile], can: Capabilities) -> list[Tile]:
+    """The tiles of a step as kernels without bias and mask take them: cut to their bands, then `grouped`."""
+    key = id(tiles), can.bands, can.strip
+    found = _remembered.get(key)
+    if found is None:
+        if len(_remembered) >= _KEPT:
+            _remembered.clear()
+        cut = (piece for tile in tiles for piece in pieces(tile, can, masked=False))
+        found = _remembered[key] = tiles, grouped(cut)  # with the tiles, so that no others get their id
+    return found[1]
 
 
 def grouped(tiles: Iterable[Tile]) -> list[Tile]:
@@ -41,10 +57,12 @@ def _common(corner: Band, group: list[Tile], tile: Tile) -> Band | None:
 
 
 def _follows(earlier: Tile, tile: Tile) -> bool:
+    """Whether one slice of rows, and one of columns, holds both tiles, one after the other."""
     heads = earlier.batch, earlier.q_heads, earlier.k_heads
     sides = (earlier.rows, tile.rows), (earlier.columns, tile.columns)
     return heads == (tile.batch, tile.q_heads, tile.k_heads) and all(
-        before.stop <= after.start and before.step == after.step == 1 for before, after in sides
+        before.stop <= after.start and before.step == after.step and (after.start - before.start) % after.step == 0
+        for before, after in sides
     )
 
 
@@ -52,8 +70,8 @@ def _one(corner: Band, parts: list[Tile]) -> Tile:
     first, last = parts[0], parts[-1]
     return replace(
         first,
-        rows=slice(first.rows.start, last.rows.stop, 1),
-        columns=slice(first.columns.start, last.columns.stop, 1),
+        rows=slice(first.rows.start, last.rows.stop, first.rows.step),
+        columns=slice(first.columns.start, last.columns.stop, first.columns.step),
         row_positions=tuple(places for part in parts for places in part.row_positions),
         column_positions=tuple(places for part in parts for places in part.column_positions),
         band=corner,

@@ -119,8 +119,7 @@ def _in_parts(
     dout, q, k, v = (x[:, :, :length, ...] for x, length in zip(arrays, (40, 40, 44, 44), strict=True))
     i, j = numbers[:40][:, None], numbers[:44][None, :]
     seen = i < 0
-    for part in _PARTS.parts:
-        rows, keys = part.rows, part.columns
+    for _, rows, keys in _PARTS.places():
         inside = (i >= rows.start) & (i < rows.stop) & (j >= keys.start) & (j < keys.stop)
         seen = seen | (inside & (j - keys.start <= i - rows.start))
     whole = Tile(_ONE, _TWO, _ONE, slice(0, 40), slice(0, 44), (range(40),), (range(44),))

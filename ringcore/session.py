@@ -212,6 +212,7 @@ def visibility_of(arguments: Arguments, queries: int, keys: int) -> Visibility:
         joined=not arguments.score.dropout
         and all(x is None for x in (arguments.bias, arguments.mask, arguments.mask_of, arguments.alibi)),
         documents=None if arguments.documents is None else arguments.documents.of_entries(batch),
+        dilation=arguments.dilation,
     )
 
 

@@ -13,6 +13,7 @@ from math import lcm
 from typing import Any
 
 from ringcore.arrays import slice_of
+from ringcore.dilation import Dilation, common, head_slices, kept
 from ringcore.documents import Runs
 from ringcore.values import NOTHING, Band, Tile
 
@@ -24,7 +25,8 @@ class Visibility:
     window: how far left and right of itself a query sees, in positions; None is unbounded.
     offsets: for each batch entry the position of q's first row. key_limits: for each batch entry how many
     keys exist. joined: whether tiles may be joined across ranges of positions. documents: for each batch entry which
-    stretches of positions are of which document; None is one document.
+    stretches of positions are of which document; None is one document. dilation: of those pairs only what its branches
+    show, as often as they do; None is all, once.
     """
 
     causal: bool
@@ -35,6 +37,7 @@ class Visibility:
     key_heads: int
     joined: bool = True
     documents: tuple[Runs, ...] | None = None
+    dilation: Dilation | None = None
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
@@ -46,8 +49,8 @@ class Visibility:
 
     @property
     def near(self) -> bool:
-        """Whether queries see no keys from some distance on, or none of other documents."""
-        return self.window[0] is not None or self.documents is not None
+        """Whether queries see no keys from some distance on, or none of other documents or segments."""
+        return self.window[0] is not None or self.documents is not None or self.dilation is not None
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,18 @@ class Piece:
         if len(self.positions) == 1:
             return [self]
         count = step // self.positions.step
-        places = range(self.local.start, self.local.stop)
+        places = range(self.local.start, self.local.stop, self.local.step)
         cut = (Piece(slice_of(places[i::count]), self.positions[i::count]) for i in range(count))
         return [piece for piece in cut if piece.positions]
+
+    def common(self, chosen: range) -> Piece:
+        """Those of its rows whose positions are among the chosen ones."""
+        both = common(self.positions, chosen)
+        if not both:
+            return Piece(slice(0, 0, 1), both)
+        places = range(self.local.start, self.local.stop, self.local.step)
+        first, last = (self.positions.index(both[place]) for place in (0, -1))
+        return Piece(slice_of(places[first : last + 1 : both.step // self.positions.step]), both)
 
 
 def tiles_between(rows: Iterable[range], columns: Iterable[range], visibility: Visibility) -> tuple[Tile, ...]:
@@ -87,7 +99,10 @@ def tiles_between(rows: Iterable[range], columns: Iterable[range], visibility: V
         row_pieces = pieces(range(piece.start + offset, piece.stop + offset, piece.step) for piece in rows)
         column_pieces = [_below(piece, limit) for piece in pieces(columns)]
         for some_rows, some_columns in _of_one_document(row_pieces, column_pieces, runs):
-            found += _tiles_of_pieces(visibility, batch, some_rows, some_columns)
+            if visibility.dilation is None:
+                found += _tiles_of_pieces(visibility, batch, some_rows, some_columns)
+            else:
+                found += _dilated(visibility.dilation, visibility, batch, some_rows, some_columns)
     return tuple(tile for tile in found if tile.band != NOTHING)
 
 
@@ -117,10 +132,27 @@ def _tiles_of_pieces(
     visibility: Visibility, batch: slice, rows: Sequence[Piece], columns: Sequence[Piece]
 ) -> list[Tile]:
     grid = [[_cell(visibility, batch, row, column) for column in columns] for row in rows]
-    if visibility.joined and all(len(cell) == 1 for line in grid for cell in line):
+    together = visibility.joined and all(piece.local.step == 1 for piece in (*rows, *columns))
+    if together and all(len(cell) == 1 for line in grid for cell in line):
         lines = [_joined([cell[0] for cell in line], _join_columns) for line in grid]
         return _joined([tile for line in lines for tile in line if tile.band != NOTHING], _join_rows)
     return [tile for line in grid for cell in line for tile in cell]
+
+
+def _dilated(
+    dilation: Dilation, visibility: Visibility, batch: slice, rows: Sequence[Piece], columns: Sequence[Piece]
+) -> Iterator[Tile]:
+    """The tiles of each branch and segment, for the heads of each offset."""
+    group = visibility.heads // visibility.key_heads
+    of_rows, of_columns = ([piece.positions for piece in side] for side in (rows, columns))
+    for chosen, heads in kept(dilation, of_rows, of_columns, visibility.heads):
+        some_rows, some_columns = (
+            [part for part in (piece.common(chosen) for piece in side) if part.positions] for side in (rows, columns)
+        )
+        if some_rows and some_columns:
+            for tile in _tiles_of_pieces(visibility, batch, some_rows, some_columns):
+                for q_heads, k_heads in head_slices(heads, group):
+                    yield replace(tile, q_heads=q_heads, k_heads=k_heads)
 
 
 def _of_one_document(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -106,6 +106,13 @@ class Tile:
             column_positions=_cut_ranges(self.column_positions, *columns),
             band=band,
         )
+
+    def places(self) -> Iterator[tuple[Tile, slice, slice]]:
+        """Each of its parts, with the rows and the columns that it has of the tile's own: counted from their first."""
+        for part in self.parts:
+            sides = (self.rows, part.rows, part.height), (self.columns, part.columns, part.width)
+            first_row, first_column = ((own.start - whole.start) // whole.step for whole, own, _ in sides)
+            yield part, slice(first_row, first_row + part.height), slice(first_column, first_column + part.width)
 
     @property
     def height(self) -> int:

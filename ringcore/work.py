@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 
 from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
-from ringcore.grouping import grouped
+from ringcore.grouping import launches
 from ringcore.merge import StandardArithmetic, empty_partial, fields
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
@@ -114,10 +114,9 @@ class ForwardWork:
 
     def launches(self, tiles: Sequence[Tile], on_scores: OnScores) -> Iterable[tuple[Tile, Terms]]:
         """What the kernels are called with: pieces, or many of them as the parts of one tile."""
-        found = self.pieces(tiles, on_scores)
         if not self.kernels.capabilities.parts or any(x is not None for x in on_scores):
-            return found
-        return [(tile, {"bias": None, "mask": None}) for tile in grouped(tile for tile, _ in found)]
+            return self.pieces(tiles, on_scores)
+        return [(tile, {"bias": None, "mask": None}) for tile in launches(tiles, self.kernels.capabilities)]
 
     def _terms(self, on_scores: OnScores, tile: Tile) -> Terms:
         bias, mask, alibi = on_scores

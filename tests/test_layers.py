@@ -22,6 +22,7 @@ LAYERS = {
     1: ("errors", "partial", "values"),
     2: ("arrays", "integers", "protocols"),
     3: (
+        "dilation",
         "documents",
         "dropout",
         "grouping",
@@ -48,7 +49,7 @@ LAYERS = {
         "session",
         "work",
     ),
-    5: ("__init__", "api", "cli", "explanation"),
+    5: ("__init__", "api", "cli", "dilated", "explanation"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 PORTABLE = {"array_api_compat"}  # what layers 1 to 4 may import besides the standard library

@@ -123,11 +123,7 @@ def _backward_of_parts(
 
 def _sequences(tile: Tile, batch: int, rows: int, keys: int, device: torch.device) -> dict[str, Any]:
     """Where the parts begin and end in all entries end to end, with sequences of rows or of keys alone between them."""
-    parts = tuple(
-        (part.rows.start - tile.rows.start, part.rows.stop - tile.rows.start,
-         part.columns.start - tile.columns.start, part.columns.stop - tile.columns.start)
-        for part in tile.parts
-    )  # fmt: skip
+    parts = tuple((mine.start, mine.stop, theirs.start, theirs.stop) for _, mine, theirs in tile.places())
     return _on_device(parts, batch, rows, keys, device)
 
 

@@ -60,7 +60,10 @@ class _Rows:
 
 
 class Backward:
-    """One call: its tasks, and the work of each. Gradients are added into the buffers of ``into``."""
+    """One call: its tasks, and the work of each. Gradients are added into the buffers of ``into``.
+
+    among: how many such calls share out their tasks.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,9 @@ class Backward:
         bias: Array | None,
         mask: Array | None,
         into: Gradients,
+        among: int = 1,
     ) -> None:
+        self._fewest = max(1, _FEWEST // among)
         self._dout, self._q, self._k, self._v = dout, q, k, v
         self._maximum, self._total, self._delta = maximum, total, delta
         self._score, self._into = score, into
@@ -101,7 +106,7 @@ class Backward:
         Heads come in turn, so that threads seldom wait for each other to add to the same rows.
         """
         length = _KEYS
-        while length > 128 and batch * self._k_heads * -(-self._width // length) < _FEWEST:
+        while length > 128 and batch * self._k_heads * -(-self._width // length) < self._fewest:
             length //= 2
         tasks = [
             _Task(b, head, keys, self._band.rows(*keys, self._height))

@@ -63,7 +63,7 @@ class _Rows:
 
 
 class Forward:
-    """One call: its tasks, the work of each, and the result."""
+    """One call: its tasks, the work of each, and the result. among: how many such calls share out their tasks."""
 
     def __init__(
         self,
@@ -76,7 +76,9 @@ class Forward:
         bias: Array | None,
         mask: Array | None,
         state: Partial | None,
+        among: int = 1,
     ) -> None:
+        self._fewest = max(1, _FEWEST // among)
         self._q, self._k, self._v, self._score = q, k, v, score
         self._dtype = accumulation(q)
         batch, heads, height = q.shape[:3]
@@ -102,7 +104,7 @@ class Forward:
         if 0 in (batch, heads, height):
             return []
         rows = _ROWS
-        while rows > 32 and batch * heads * -(-height // rows) < _FEWEST:
+        while rows > 32 and batch * heads * -(-height // rows) < self._fewest:
             rows //= 2
         left = batch * heads * -(-height // rows)
         group = heads // self._k_heads
@@ -117,7 +119,7 @@ class Forward:
                 if self._state is not None:  # what sees nothing stays as it is
                     cut = [block for block in cut if block.columns[0] < block.columns[1]]
                 while cut:  # ever shorter strips, so that the threads end together
-                    size = max(1, min(_STRIP, left // _FEWEST))
+                    size = max(1, min(_STRIP, left // self._fewest))
                     strips.append(_Strip(b, k_head, tuple(cut[:size])))
                     del cut[:size]
                     left -= size

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from ringcore import Array, Capabilities, Gradients, Partial, Score, Tile
+from ringcore import Array, Capabilities, Gradients, Partial, Score, Tile, empty_partial
 from ringcore_numpy.backward import Backward
 from ringcore_numpy.forward import Forward
-from ringcore_numpy.threads import Team
+from ringcore_numpy.threads import Job, Scratch, Team
 
-_CAPABILITIES = Capabilities(name="numpy", libraries=frozenset({"numpy"}), devices=frozenset({"cpu"}))
+_CAPABILITIES = Capabilities(name="numpy", libraries=frozenset({"numpy"}), devices=frozenset({"cpu"}), parts=True)
 
 
 class NumpyKernels:
@@ -50,9 +52,20 @@ class NumpyKernels:
         Shapes: q [B, H, S, D], k [B, Hk, T, D], v [B, Hk, T, E]; bias and mask [B or 1, H or 1, S or 1, T or 1].
         Gives weighted [B, H, S, E], maximum and total [B, H, S] in float32, or float64 for float64.
         """
-        call = Forward(q, k, v, score=score, band=tile.band, bias=bias, mask=mask, state=state)
-        self._team.run(call.tasks, call.work)
-        return call.result
+        if not tile.parts:
+            call = Forward(q, k, v, score=score, band=tile.band, bias=bias, mask=mask, state=state)
+            self._team.run(call.tasks, call.work)
+            return call.result
+        if state is None:
+            state = empty_partial(q, v.shape[3])
+        self._together(
+            Forward(
+                *_rows((q,), rows), *_rows((k, v), keys), score=score, band=part.band, bias=None, mask=None,
+                state=Partial(*_rows((state.weighted, state.maximum, state.total), rows)), among=len(tile.parts),
+            )
+            for part, rows, keys in tile.places()
+        )  # fmt: skip
+        return state
 
     def backward(
         self,
@@ -75,11 +88,36 @@ class NumpyKernels:
         Shapes: dout [B, H, S, E]; maximum, total and delta [B, H, S]; the others as in `forward`. A row whose
         maximum is -inf or whose total is 0 contributes nothing.
         """
-        call = Backward(
-            dout, q, k, v, maximum, total, delta, score=score, band=tile.band, bias=bias, mask=mask, into=into
-        )
-        self._team.run(call.tasks, call.work)
+        if not tile.parts:
+            call = Backward(
+                dout, q, k, v, maximum, total, delta, score=score, band=tile.band, bias=bias, mask=mask, into=into
+            )
+            self._team.run(call.tasks, call.work)
+            return into
+        self._together(
+            Backward(
+                *_rows((dout, q), rows), *_rows((k, v), keys), *_rows((maximum, total, delta), rows),
+                score=score, band=part.band, bias=None, mask=None, among=len(tile.parts),
+                into=Gradients(*_rows((into.dq,), rows), *_rows((into.dk, into.dv), keys)),
+            )
+            for part, rows, keys in tile.places()
+        )  # fmt: skip
         return into
+
+    def _together(self, parts: Iterable[Forward | Backward]) -> None:
+        """All tasks of calls that write to different rows and keys, each call's own in order."""
+        tasks = [(part, task) for part in parts for task in range(part.tasks)]
+
+        def work(number: int, scratch: Scratch, job: Job) -> None:
+            part, task = tasks[number]
+            part.work(task, scratch, job)
+
+        self._team.run(len(tasks), work)
+
+
+def _rows(arrays: Sequence[Any], places: slice) -> list[Any]:
+    """Some rows of each array [B, H, S, ...]; None stays."""
+    return [None if x is None else x[:, :, places] for x in arrays]
 
 
 def load(sharers: int = 1) -> NumpyKernels:

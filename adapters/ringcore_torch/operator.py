@@ -187,7 +187,7 @@ def _takes(x: Any, device: torch.device) -> bool:
 def _refuse_numbers_in_arrays(keywords: dict[str, Any]) -> None:
     """Raise UnsupportedError for keywords whose numbers a compiled graph would keep as they were when it was traced."""
     for name in ("scale", "softcap", "query_offset", "key_lengths", "documents", "cu_seqlens"):
-        x = keywords[name]
+        x = keywords.get(name)
         if hasattr(x, "tolist"):
             raise UnsupportedError(
                 f"{name} is a {type(x).__name__}, whose numbers torch.compile would take from the first call for all "

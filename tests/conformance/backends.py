@@ -370,12 +370,15 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
     if "prefix" in keywords:
         keywords["prefix"] = tuple(backend.make(given(x)) for x in keywords["prefix"])
     keywords = {**keywords, **where, "axes": axes, "kernels": backend.kernels}
+    attention, with_pullback = ringcore.ring_attention, ringcore.ring_attention_vjp
+    if "segment_lengths" in keywords:
+        attention, with_pullback = ringcore.dilated_attention, ringcore.dilated_attention_vjp
     if wrt is None:
         keywords.pop("reduce_replicated", None)
-        out, lse = ringcore.ring_attention(q, k, v, return_lse=True, **keywords)
+        out, lse = attention(q, k, v, return_lse=True, **keywords)
         gradients = ()
     else:
-        (out, lse), pullback = ringcore.ring_attention_vjp(q, k, v, wrt=wrt, **keywords)
+        (out, lse), pullback = with_pullback(q, k, v, wrt=wrt, **keywords)
         gradients = pullback(dout, dlse)
     assert str(out.dtype) == str(q.dtype)
     named = {name: backend.back(x) for name, x in zip(wrt or (), gradients, strict=True)}

@@ -244,7 +244,14 @@ FEATURES: dict[str, Feature] = {
     "dropout": _dropout,
     "dropout and more": _dropout_and_more,
     "everything": _everything,
-}
+    "dilated": lambda rng, shape, dtype: {
+        "segment_lengths": [7, 12, 64], "dilation_rates": [1, 2, 4], "causal": True, "softcap": 3.0,
+    },
+    "dilated by block": lambda rng, shape, dtype: {
+        "segment_lengths": [16, 9], "dilation_rates": [2, 3], "head_offset": "block", "scale": 0.4,
+        "key_lengths": [shape.keys - entry for entry in range(shape.batch)],
+    },
+}  # fmt: skip
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "uneven", "mixed", "zigzag and striped")
 RING_SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -375,8 +382,9 @@ def fused_cases(sizes: tuple[int, ...]) -> list[Case]:
 
 
 def _possible(case: Case) -> Case:
-    # Layouts of our own fix one length, so they go with square shapes.
-    if case.layout in ("uneven", "mixed") and case.shape.startswith("rectangular"):
+    # Layouts of our own fix one length, and dilated attention is of one sequence: they go with square shapes.
+    square = case.layout in ("uneven", "mixed") or case.feature.startswith("dilated")
+    if square and case.shape.startswith("rectangular"):
         shape = "grouped" if case.shape in SHAPES else "aligned"
         return Case(case.feature, case.layout, case.size, shape, case.dtype, case.axes)
     return case

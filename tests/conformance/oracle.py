@@ -80,6 +80,16 @@ def kept_pairs(rate, seed, batch, heads, rows, columns) -> np.ndarray:
     return np.where(drawn.astype(float) < round(rate * 2**32), 0.0, 1 / (1 - rate))
 
 
+def multiplicity(heads: int, length: int, keywords: dict[str, Any]) -> np.ndarray:
+    """[H, N, N]: how many branches of dilated attention show a pair, by looking at every pair."""
+    head, i, j = np.arange(heads)[:, None, None], np.arange(length)[:, None], np.arange(length)
+    found = np.zeros((heads, length, length))
+    for w, r in zip(keywords["segment_lengths"], keywords["dilation_rates"], strict=True):
+        offset = head % r if keywords.get("head_offset", "modulo") == "modulo" else head // -(-heads // r)
+        found += (i // w == j // w) & ((i % w) % r == offset) & ((j % w) % r == offset)
+    return found
+
+
 def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
     """The truth for arrays [B, H, S, D] of any float dtype, as they are after rounding to it."""
     keys = k.shape[2]
@@ -112,6 +122,9 @@ def dense(q, k, v, keywords: dict[str, Any], dout, dlse) -> Truth:
         mask = mask(rows[:, None], np.arange(keys)[None, :])
     if mask is not None:
         seen[..., before:] &= np.asarray(mask)
+    if "segment_lengths" in keywords:
+        with np.errstate(divide="ignore"):
+            scores += np.log(multiplicity(q.shape[1], keys, keywords))
     seen = seen & ~np.isneginf(scores)
     scores = np.where(seen, scores, -np.inf)
     # A sink is one more key, which all of its head see, and whose value is 0.

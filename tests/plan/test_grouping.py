@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -64,8 +66,16 @@ def test_what_overlaps_differs_or_jumps_is_not_one():
     assert len(grouped([wide, tile(range(4, 6), range(4, 10))])) == 2  # keys of both
     assert len(grouped([wide, tile(range(4, 8), range(8, 12), Band(None, 0))])) == 2  # another band
     assert len(grouped([wide, tile(range(4, 8), range(8, 12), batch=slice(1, 2))])) == 2
-    strided = Tile(slice(0, 1), slice(0, 2), slice(0, 1), slice(4, 8, 2), slice(8, 12, 2), (range(2),), (range(2),))
+    strided = Tile(slice(0, 1), slice(0, 2), slice(0, 1), slice(4, 7, 2), slice(8, 11, 2), (range(2),), (range(2),))
     assert len(grouped([wide, strided])) == 2
+    for start, parts in ((8, 1), (9, 2)):  # every second row: from an even one on, or from an odd one
+        after = replace(strided, rows=slice(start, start + 3, 2), columns=slice(start + 4, start + 7, 2))
+        assert len(grouped([strided, after])) == parts
+    (one,) = grouped([strided, replace(strided, rows=slice(10, 13, 2), columns=slice(12, 15, 2))])
+    assert [(rows, columns) for _, rows, columns in one.places()] == [
+        (slice(0, 2), slice(0, 2)),
+        (slice(3, 5), slice(2, 4)),
+    ]
 
 
 class InParts:
@@ -79,14 +89,7 @@ class InParts:
         self.launches = 0
 
     def parts(self, tile):
-        for part in tile.parts or (tile,):
-            yield (
-                part,
-                *(
-                    slice(side.start - whole.start, side.stop - whole.start) if tile.parts else slice(None)
-                    for side, whole in ((part.rows, tile.rows), (part.columns, tile.columns))
-                ),
-            )
+        yield from tile.places() if tile.parts else [(tile, slice(None), slice(None))]
 
     def forward(self, q, k, v, *, score, tile, **terms):
         self.launches += 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from counting import run_rendezvous
 from deals import deals, sees, visibility
-from later import dilated_plans, double_ring_plans
+from later import double_ring_plans
 
 import ringcore
 from ringcore import Partial
@@ -20,7 +20,6 @@ from ringcore.work import BackwardWork, ForwardWork
 
 BATCH, HEADS, KEY_HEADS, LENGTH = 2, 4, 2, 21
 SCALE = 0.4
-BRANCHES = [(7, 2), (12, 3), (21, 1)]
 
 
 def plans_for(feature, dealt):
@@ -32,11 +31,7 @@ def plans_for(feature, dealt):
     def counted(visible, times=lambda b, h, i, j: 1):
         return np.array([visible(*x) * times(*x) for x in count.tolist()], float).reshape(shape)
 
-    def branches(b, h, i, j):
-        return sum(i // w == j // w and (i % w) % r == (j % w) % r == h % r for w, r in BRANCHES)
-
     return {
-        "dilated": lambda: (dilated_plans(dealt[0], BRANCHES, seen), counted(sees(seen), branches)),
         "double rings": lambda: (double_ring_plans(2, *dealt, seen), counted(sees(seen))),
     }[feature]()
 

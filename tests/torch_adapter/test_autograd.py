@@ -118,6 +118,18 @@ def test_gradients_under_a_mask_of_positions():
     torch.testing.assert_close(attend(q, k, v)[0], due)
 
 
+def test_dilated_attention_is_differentiable_and_one_operator():
+    branches = {"segment_lengths": [3, 7], "dilation_rates": [1, 2], "causal": True}
+
+    def attend(q, k, v):
+        return ringcore.dilated_attention(q, k, v, **branches, ring_size=2, layout="zigzag", return_lse=True)
+
+    assert gradcheck(attend, draw())
+    arrays = draw(grad=False)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arrays), attend(*arrays))
+
+
 def test_slopes_of_alibi_get_no_gradient():
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.0], dtype=torch.float64)
     assert gradcheck(lambda *x: ringcore.ring_attention(*x, alibi=slopes, causal=True, ring_size=2), draw())

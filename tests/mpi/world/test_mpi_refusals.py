@@ -256,3 +256,19 @@ def test_what_concerns_one_rank_alone_may_differ(running, odd):
         came = ring_attention(*arrays, ring=running, causal=True, **mine)
         came = came[0] if "return_lse" in mine else came.swapaxes(1, 2) if "axes" in mine else came
         np.testing.assert_allclose(came, out, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("odd", [0, SIZE - 1])
+def test_branches_of_dilated_attention_are_agreed_on(transport, odd):
+    q, k, v = task_of(transport).shards(transport.rank)
+
+    def call(branches, other):
+        lengths, rates = other if transport.rank == odd else branches
+        return ringcore.dilated_attention(q, k, v, ring=transport, segment_lengths=lengths, dilation_rates=rates)
+
+    before = sent(transport)
+    error = failure(lambda: call(([8], [2]), ([8], [0])))
+    if SIZE > 1:
+        check_refusal(error, transport, odd, KeywordError, "dilation_rates is [0]")
+        check_disagreement(failure(lambda: call(([8], [2]), ([8], [4]))), transport, odd, "dilation")
+    assert sent(transport) == before

@@ -1,0 +1,84 @@
+"""Dilated attention: what it is equal to, what it costs, and what it refuses. Exactness is the conformance suite's."""
+
+import numpy as np
+import pytest
+from given import K, Q, V, refused
+
+import ringcore
+from ringcore import KeywordError, ShapeError, dilated_attention, dilated_attention_vjp
+
+RIGHT = {"segment_lengths": (4, 6), "dilation_rates": (1, 2)}
+
+WRONG = {
+    "no branch": ({"segment_lengths": (), "dilation_rates": ()}, "segment_lengths is ()"),
+    "a number": ({"segment_lengths": 4}, "segment_lengths is 4; it must hold a whole number for each branch"),
+    "text": ({"dilation_rates": "12"}, "dilation_rates is '12'"),
+    "length 0": ({"segment_lengths": (4, 0)}, "segment_lengths is [4, 0]; each must be a whole number, 1 or more"),
+    "rate below 1": ({"dilation_rates": (1, -2)}, "dilation_rates is [1, -2]"),
+    "a fraction": ({"dilation_rates": (1, 1.5)}, "dilation_rates is [1, 1.5]"),
+    "a flag": ({"dilation_rates": (True, 2)}, "dilation_rates is [True, 2]"),
+    "more rates": ({"dilation_rates": (1, 2, 3)}, "there are 2 segment_lengths and 3 dilation_rates"),
+    "another offset": ({"head_offset": "none"}, 'head_offset is \'none\'; it must be "modulo" or "block"'),
+    "return_lse": ({"return_lse": "yes"}, "return_lse is 'yes'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_branches_are_refused(name):
+    changes, said = WRONG[name]
+    refused(lambda: dilated_attention(Q, K, V, **{**RIGHT, **changes}), KeywordError, [said])
+    if "return_lse" not in changes:
+        refused(lambda: dilated_attention_vjp(Q, K, V, **{**RIGHT, **changes}), KeywordError, [said])
+
+
+def test_q_and_k_of_different_lengths_are_refused():
+    said = ["q has 5 rows over all ranks, and k has 6", "of one sequence with itself"]
+    refused(lambda: dilated_attention(Q[:, :, :5], K, V, **RIGHT), ShapeError, said)
+
+
+def test_one_branch_over_all_positions_is_attention():
+    due, lse = ringcore.ring_attention(Q, K, V, causal=True, return_lse=True)
+    for length in (6, 100):
+        out, own = dilated_attention(
+            Q, K, V, segment_lengths=[length], dilation_rates=[1], causal=True, return_lse=True
+        )
+        np.testing.assert_allclose(out, due, atol=1e-13)
+        np.testing.assert_allclose(own, lse, atol=1e-13)
+
+
+def test_branches_twice_change_lse_alone():
+    out, lse = dilated_attention(Q, K, V, segment_lengths=[4], dilation_rates=[2], return_lse=True)
+    same, more = dilated_attention(Q, K, V, segment_lengths=[4, 4], dilation_rates=[2, 2], return_lse=True)
+    np.testing.assert_allclose(same, out, atol=1e-13)
+    seen = lse > -np.inf
+    np.testing.assert_allclose(more[seen], lse[seen] + np.log(2), atol=1e-13)
+    assert not seen.all()
+
+
+def test_segments_are_documents_where_the_rate_is_1():
+    due = ringcore.ring_attention(Q, K, V, cu_seqlens=[0, 4, 6], causal=True)
+    out = dilated_attention(Q, K, V, segment_lengths=[4], dilation_rates=[1], causal=True)
+    np.testing.assert_allclose(out, due, atol=1e-13)
+
+
+def test_the_gradient_goes_through_the_mixture_of_branches():
+    """By differences: what stops it at the mixture's weights is off by far more."""
+    rng = np.random.default_rng(3)
+    dout = rng.standard_normal((2, 4, 6, 3))
+    _, pullback = dilated_attention_vjp(Q, K, V, **RIGHT, ring_size=2)
+    for name, gradient in zip("qkv", pullback(dout), strict=True):
+        arrays = {"q": Q, "k": K, "v": V}
+        step = 1e-6 * rng.standard_normal(arrays[name].shape)
+        ends = [
+            (dilated_attention(**{**arrays, name: arrays[name] + sign * step}, **RIGHT) * dout).sum()
+            for sign in (1, -1)
+        ]
+        assert abs(ends[0] - ends[1] - 2 * (gradient * step).sum()) < 1e-10
+
+
+def test_auto_deals_the_work_evenly():
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, 2, 64, 4)) for _ in range(3))
+    branches = {"segment_lengths": [16, 64], "dilation_rates": [1, 4], "causal": True}
+    due = dilated_attention(q, k, v, **branches)
+    np.testing.assert_allclose(dilated_attention(q, k, v, **branches, ring_size=4, layout="auto"), due, atol=1e-13)
