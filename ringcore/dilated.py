@@ -27,6 +27,8 @@ def dilated_attention(
     scale: float | None = None,
     softcap: float | None = None,
     key_lengths: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
@@ -49,8 +51,9 @@ def dilated_attention(
         segment_lengths, dilation_rates: whole numbers, 1 or more, one of both for each branch.
         head_offset: "modulo", h % r, or "block", h // ceil(H / r), so that neighbouring heads share an offset.
         causal: a query sees the keys at its own position and before.
-        ring, ring_size, scale, softcap, key_lengths, layout, q_layout, k_layout, axes, return_lse, kernels: as in
-            `ringcore.ring_attention`. ``layout="auto"``, without ``ring``, gives ranks the same work.
+        ring, ring_size, scale, softcap, key_lengths, dropout, dropout_seed, layout, q_layout, k_layout, axes,
+            return_lse, kernels: as in `ringcore.ring_attention`. ``layout="auto"``, without ``ring``, deals the work
+            evenly.
 
     Raises the errors of `ringcore.errors`, on every rank of a ring, before any tensor data is sent.
     Source: Ding et al. 2023 (LongNet), arXiv:2307.02486, equations 3 to 15.
@@ -59,7 +62,7 @@ def dilated_attention(
         "dilated_attention", Inputs.of(q, k, v), return_lse,
         ring=ring, ring_size=ring_size, causal=causal, window=None, scale=scale, softcap=softcap, query_offset=0,
         key_lengths=key_lengths, layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        dilation=(segment_lengths, dilation_rates, head_offset),
+        dropout=dropout, dropout_seed=dropout_seed, dilation=(segment_lengths, dilation_rates, head_offset),
     )  # fmt: skip
 
 
@@ -78,6 +81,8 @@ def dilated_attention_vjp(
     scale: float | None = None,
     softcap: float | None = None,
     key_lengths: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
@@ -91,6 +96,7 @@ def dilated_attention_vjp(
     call = Call(
         "dilated_attention_vjp", ring=ring, ring_size=ring_size, causal=causal, window=None, scale=scale,
         softcap=softcap, query_offset=0, key_lengths=key_lengths, layout=layout, q_layout=q_layout, k_layout=k_layout,
-        axes=axes, kernels=kernels, dilation=(segment_lengths, dilation_rates, head_offset), gradient=True, wrt=wrt,
+        axes=axes, kernels=kernels, dropout=dropout, dropout_seed=dropout_seed,
+        dilation=(segment_lengths, dilation_rates, head_offset), gradient=True, wrt=wrt,
     )  # fmt: skip
     return with_pullback(call, Inputs.of(q, k, v))

@@ -3,14 +3,17 @@
 from ringcore_torch.aten_cuda import Cudnn, Flash2
 from ringcore_torch.efficient_cuda import Efficient
 from ringcore_torch.flash_cpu import FlashCpu
+from ringcore_torch.modules import DilatedAttention, MultiheadDilatedAttention
 from ringcore_torch.operator import attend
 from ringcore_torch.transport import TorchTransport, adapt
 
 __all__ = [
     "Cudnn",
+    "DilatedAttention",
     "Efficient",
     "Flash2",
     "FlashCpu",
+    "MultiheadDilatedAttention",
     "TorchTransport",
     "adapt",
     "attend",

@@ -249,7 +249,7 @@ FEATURES: dict[str, Feature] = {
     },
     "dilated by block": lambda rng, shape, dtype: {
         "segment_lengths": [16, 9], "dilation_rates": [2, 3], "head_offset": "block", "scale": 0.4,
-        "key_lengths": [shape.keys - entry for entry in range(shape.batch)],
+        "key_lengths": [shape.keys - entry for entry in range(shape.batch)], "dropout": 0.2, "dropout_seed": 9,
     },
 }  # fmt: skip
 
