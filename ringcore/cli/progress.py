@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -34,8 +35,8 @@ class ReportingKernels:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the given kernels."""
-        return self._kernels.capabilities
+        """Those of the given kernels, but a tile at a time."""
+        return replace(self._kernels.capabilities, parts=False)
 
     def forward(
         self,
