@@ -21,6 +21,7 @@ from ringcore.cli.request import Request, read_request
 from ringcore.cli.streaming import Streaming, rows_that_fit
 from ringcore.cli.summary import Share, lines_of, share_note, summary_of
 from ringcore.cli.tensors import Stored, read_rows
+from ringcore.dilated import dilated_attention
 from ringcore.discovery import find_transport
 from ringcore.errors import KeywordError
 from ringcore.protocols import Transport
@@ -112,7 +113,8 @@ def _compute(
         share.timed("computing"),
     ):
         kernels = request.kernels if report is None else ReportingKernels(request.kernels, report)
-        result = ring_attention(
+        attention = ring_attention if request.arguments.dilation is None else dilated_attention
+        result = attention(
             enter(q), enter(k), enter(v), ring=transport, kernels=kernels, return_lse=options.wants_lse,
             **{name: enter(term) for name, term in terms.items()}, **request.keywords,
         )  # fmt: skip

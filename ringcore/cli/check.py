@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ringcore.cli.tensors import Stored, dtype_of, read_rows
+from ringcore.dilation import Dilation
 from ringcore.values import Array
 
 _BYTES = 8 << 20  # what a block of keys, and its scores, may take
@@ -45,6 +46,7 @@ class Question:
     softcap: float | None
     offsets: tuple[int, ...]
     key_lengths: tuple[int, ...] | None
+    dilation: Dilation | None
 
 
 def chosen_rows(length: int, count: int, seed: int) -> list[int]:
@@ -123,6 +125,9 @@ def _scores(question: Question, q: Array, rows: Sequence[int], span: range, grou
     scores = np.einsum("bhrd,bhtd->bhrt", q, k) * question.scale
     if question.softcap is not None:
         scores = question.softcap * np.tanh(scores / question.softcap)
+    if question.dilation is not None:  # as often as branches show a pair
+        with np.errstate(divide="ignore"):
+            scores = scores + np.log(_times(question.dilation, scores.shape[1], np.asarray(rows), np.asarray(span)))
     if question.bias is not None:
         scores = scores + _term(question.bias, rows, span)
     keys = np.asarray(span)
@@ -144,6 +149,16 @@ def _scores(question: Question, q: Array, rows: Sequence[int], span: range, grou
     if question.bias is not None:  # -inf hides, whatever the score was
         scores = np.where(np.isneginf(_term(question.bias, rows, span)), -math.inf, scores)
     return scores
+
+
+def _times(dilation: Dilation, heads: int, rows: Array, keys: Array) -> Array:
+    """How many branches show each pair [H, R, T]."""
+    found, head = np.zeros((heads, len(rows), len(keys))), np.arange(heads)
+    for length, rate in dilation.branches:
+        offset = head % rate if dilation.head_offset == "modulo" else head // -(-heads // rate)
+        kept_rows, kept_keys = (places % length % rate == offset[:, None] for places in (rows, keys))
+        found += (rows[:, None] // length == keys // length) & kept_rows[:, :, None] & kept_keys[:, None, :]
+    return found
 
 
 def _term(term: Stored, rows: Sequence[int], span: range) -> Array:

@@ -86,6 +86,19 @@ def attend(
         Path | None,
         typer.Option(help="A .npy that is added to the scores; broadcasts likewise.", rich_help_panel=_MASKS),
     ] = None,
+    dilated: Annotated[
+        str | None,
+        typer.Option(
+            help="LENGTH:RATE,LENGTH:RATE,...: dilated attention with these branches, such as 2048:1,4096:2.",
+            rich_help_panel=_MASKS,
+        ),
+    ] = None,
+    head_offset: Annotated[
+        str,
+        typer.Option(
+            help="With --dilated: modulo, or block, where neighbouring heads share an offset.", rich_help_panel=_MASKS
+        ),
+    ] = "modulo",
     query_offset: Annotated[
         str,
         typer.Option(help="The position of q's first row, or one for each batch entry: 3,5.", rich_help_panel=_MASKS),
@@ -149,8 +162,8 @@ def attend(
     """
     options = AttendOptions(
         input, out, q, k, v, q_name, k_name, v_name, lse, lse_out, dtype, backend, causal, window, scale, softcap,
-        bias, mask, query_offset, key_lengths, layout, axes, kernels, ring_size, device_memory, check, seed,
-        force, quiet, json,
+        bias, mask, dilated, head_offset, query_offset, key_lengths, layout, axes, kernels, ring_size, device_memory,
+        check, seed, force, quiet, json,
     )  # fmt: skip
     from ringcore.cli.attend import attend as run
 

@@ -33,6 +33,8 @@ class AttendOptions:
     softcap: float | None = None
     bias: Path | None = None
     mask: Path | None = None
+    dilated: str | None = None
+    head_offset: str = "modulo"
     query_offset: str = "0"
     key_lengths: str | None = None
     layout: str | None = None
@@ -64,6 +66,15 @@ def parse_window(text: str | None) -> Window:
             f'--window is {text!r}; it must be LEFT,RIGHT, each a number or "none", or one number with --causal.'
         )
     return sides[0], sides[1]
+
+
+def parse_dilated(text: str) -> tuple[list[int], list[int]]:
+    """ "2048:1,4096:2" as [2048, 4096], [1, 2]."""
+    pairs = [part.split(":") for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise KeywordError(f"--dilated is {text!r}; it must be LENGTH:RATE for each branch, such as 2048:1,4096:2.")
+    lengths, rates = zip(*((_integer("--dilated", part, text) for part in pair) for pair in pairs), strict=True)
+    return list(lengths), list(rates)
 
 
 def parse_integers(option: str, text: str) -> list[int]:
@@ -109,6 +120,16 @@ def check_options(options: AttendOptions) -> None:
     for name, path in (("--bias", options.bias), ("--mask", options.mask)):
         if path is not None and path.suffix != ".npy":
             raise KeywordError(f"{name} is {str(path)!r}; it must be a .npy file.")
+    if options.dilated is not None:
+        others = {
+            "--window": options.window, "--bias": options.bias, "--mask": options.mask,
+            "--query-offset": None if options.query_offset == "0" else options.query_offset,
+        }  # fmt: skip
+        for name, value in others.items():
+            if value is not None:
+                raise KeywordError(f"--dilated and {name} came together, but its branches say what is seen. Give one.")
+    elif options.head_offset != "modulo":
+        raise KeywordError(f"--head-offset {options.head_offset} is about the branches of --dilated, which is missing.")
     if options.check < 0:
         raise KeywordError(f"--check is {options.check}; it must be a number of rows, 0 or more.")
     if options.ring_size is not None and options.ring_size < 1:

@@ -12,15 +12,17 @@ import numpy as np
 from ringcore.arguments import Arguments, Inputs, check_arguments, check_columns
 from ringcore.cli.backends import Backend, find_backend
 from ringcore.cli.check import Question
-from ringcore.cli.options import AttendOptions, parse_integers, parse_offset, parse_window
+from ringcore.cli.options import AttendOptions, parse_dilated, parse_integers, parse_offset, parse_window
 from ringcore.cli.output import Target, check_targets, plan_targets
 from ringcore.cli.tensors import Stored, dtype_of, open_tensor
-from ringcore.cli.visible import pairs_of_rows
+from ringcore.cli.visible import pairs_of_rows, pairs_of_tiles
 from ringcore.discovery import choose_kernels
 from ringcore.errors import DtypeError, KeywordError
 from ringcore.layout import Layout, resolve_layout
 from ringcore.partial import FLOATING
 from ringcore.protocols import Kernels
+from ringcore.session import visibility_of
+from ringcore.tiling import tiles_between
 from ringcore.values import Array
 
 
@@ -28,7 +30,8 @@ from ringcore.values import Array
 class Request:
     """A checked call: the tensors in their files, the keywords in full, and who computes.
 
-    runs: the rows of q and of k that this rank holds, as global positions. keywords: those of `ring_attention`.
+    runs: the rows of q and of k that this rank holds, as global positions. keywords: those of `ring_attention`, or of
+    `dilated_attention` if that is asked for.
     """
 
     question: Question
@@ -56,6 +59,9 @@ class Request:
     def pairs(self, runs: Sequence[range]) -> int:
         """How many pairs of the queries at these positions and a key are visible, over the batch and the heads."""
         asked = self.arguments
+        if asked.dilation is not None:
+            length = asked.k.shape[2]
+            return pairs_of_tiles(tiles_between(runs, (range(length),), visibility_of(asked, length, length)))
         pairs = pairs_of_rows(
             runs, asked.k.shape[2], causal=asked.causal, window=asked.window, offsets=asked.offsets,
             key_lengths=asked.key_lengths,
@@ -98,6 +104,7 @@ def read_request(options: AttendOptions, rank: int, size: int, sharers: int, pla
         query_offset=parse_offset(options.query_offset),
         key_lengths=None if options.key_lengths is None else parse_integers("--key-lengths", options.key_lengths),
         layout=options.layout or "contiguous", axes=options.axes,
+        dilation=None if options.dilated is None else (*parse_dilated(options.dilated), options.head_offset),
     )  # fmt: skip
     check_columns(arguments, arguments.q.shape[2], arguments.k.shape[2])
     ranks = options.ring_size or size
@@ -108,12 +115,13 @@ def read_request(options: AttendOptions, rank: int, size: int, sharers: int, pla
         question=Question(
             q, k, v, bias, mask, dtype, 2 if options.axes == "bhsd" else 1, arguments.causal, arguments.window,
             arguments.score.scale, arguments.score.softcap, arguments.offsets, arguments.key_lengths,
+            arguments.dilation,
         ),
         arguments=arguments,
         keywords={
-            "causal": arguments.causal, "window": arguments.window, "scale": arguments.score.scale,
-            "softcap": arguments.score.softcap, "query_offset": arguments.offsets,
+            "causal": arguments.causal, "scale": arguments.score.scale, "softcap": arguments.score.softcap,
             "key_lengths": arguments.key_lengths, "layout": layout, "ring_size": options.ring_size,
+            **_what_is_seen(arguments),
         },
         layout=layout,
         q_layout=q_layout,
@@ -139,6 +147,14 @@ def _open(options: AttendOptions) -> tuple[Stored, Stored, Stored, Stored | None
         for path, name in ((options.bias, "bias"), (options.mask, "mask"))
     )
     return q, k, v, bias, mask
+
+
+def _what_is_seen(arguments: Arguments) -> dict[str, Any]:
+    """The keywords of `dilated_attention`, or else of `ring_attention`, that the other does not have."""
+    if arguments.dilation is None:
+        return {"window": arguments.window, "query_offset": arguments.offsets}
+    lengths, rates = zip(*arguments.dilation.branches, strict=True)
+    return {"segment_lengths": lengths, "dilation_rates": rates, "head_offset": arguments.dilation.head_offset}
 
 
 def _like(stored: Stored, dtype: str | None = None) -> Array:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ringcore.values import Array, Band
+from ringcore.values import Array, Band, Tile
 
 _PART = 1 << 16
 
@@ -37,6 +37,16 @@ def pairs_of_rows(
                 low = np.zeros_like(at) if left is None else np.clip(at - left, 0, limit)
                 high = np.full_like(at, limit) if right is None else np.clip(at + right + 1, 0, limit)
                 total += int(np.maximum(high - low, 0).sum())
+    return total
+
+
+def pairs_of_tiles(tiles: Iterable[Tile]) -> int:
+    """How many (query, key) pairs the tiles show, over their batch entries and heads, as often as they do."""
+    total = 0
+    for tile in tiles:
+        entries = tile.batch.stop - tile.batch.start
+        heads = len(range(tile.q_heads.start, tile.q_heads.stop, tile.q_heads.step or 1))
+        total += entries * heads * int(pairs_in_band(tile.band, tile.height, tile.width).sum())
     return total
 
 

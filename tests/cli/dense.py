@@ -7,7 +7,7 @@ import numpy as np
 
 def dense(
     q, k, v, *, causal=False, window=(None, None), scale=None, softcap=None, bias=None, mask=None,
-    query_offset=0, key_lengths=None,
+    query_offset=0, key_lengths=None, dilated=(), block=False,
 ):  # fmt: skip
     """out [B, H, S, E] and lse [B, H, S]; q, k, v as [B, H, S, D]."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
@@ -32,12 +32,19 @@ def dense(
             and (window[0] is None or position - j <= window[0])
             and (window[1] is None or j - position <= window[1])
         ]
+        times = np.ones(len(seen))
+        if dilated:
+            offsets = [(w, r, h // -(-heads // r) if block else h % r) for w, r in dilated]
+            times = [
+                sum(i // w == j // w and (i % w) % r == (j % w) % r == offset for w, r, offset in offsets) for j in seen
+            ]
+            seen, times = [j for j, m in zip(seen, times, strict=True) if m], np.array([m for m in times if m])
         if not seen:
             continue
         scores = k[b, h // group, seen] @ q[b, h, i] * scale
         if softcap is not None:
             scores = np.tanh(scores / softcap) * softcap
-        scores = scores + bias[b, h, i, seen]
+        scores = scores + bias[b, h, i, seen] + np.log(times)
         top = scores.max()
         weights = np.exp(scores - top)
         out[b, h, i] = weights @ v[b, h // group, seen] / weights.sum()

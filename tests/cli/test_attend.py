@@ -67,6 +67,11 @@ def attended(ringcore, tmp_path):
         (["--ring-size", "4", "--layout", "striped", "--causal"], {"causal": True}),
         (["--ring-size", "30", "--layout", "zigzag"], {}),
         (["--layout", "striped"], {}),
+        (["--dilated", "4:1,8:2,50:4"], {"dilated": [(4, 1), (8, 2), (50, 4)]}),
+        (["--dilated", "7:3", "--head-offset", "block", "--causal", "--ring-size", "3"],
+         {"dilated": [(7, 3)], "block": True, "causal": True}),
+        (["--dilated", "9:2", "--key-lengths", "10,3", "--softcap", "1.5", "--backend", "torch"],
+         {"dilated": [(9, 2)], "key_lengths": (10, 3), "softcap": 1.5}),
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -83,6 +83,7 @@ PIECES = ["--device-memory", "12KB"]  # of some 30 KB
         (["--query-offset", "3,-9", "--causal"], {"query_offset": (3, -9), "causal": True}),
         (["--key-lengths", "10,0"], {"key_lengths": (10, 0)}),
         (["--softcap", "1.5", "--scale", "0.7"], {"softcap": 1.5, "scale": 0.7}),
+        (["--dilated", "7:1,20:3"], {"dilated": [(7, 1), (20, 3)]}),
     ],
     ids=" ".join,
 )

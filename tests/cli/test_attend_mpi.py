@@ -59,6 +59,8 @@ def save(path, arrays, axes="bhsd"):
         (3, "float64", "bhsd", ["--layout", "zigzag", "--softcap", "2", "--scale", "0.9"], {"softcap": 2.0, "scale": 0.9}),
         (2, "float32", "bhsd", ["--backend", "reference", "--key-lengths", "9,23", "--query-offset", "2,0", "--causal"],
          {"key_lengths": (9, 23), "query_offset": (2, 0), "causal": True}),
+        (3, "float32", "bhsd", ["--dilated", "4:1,9:2,40:4", "--causal"],
+         {"dilated": [(4, 1), (9, 2), (40, 4)], "causal": True}),
     ],
 )  # fmt: skip
 def test_ranks_agree_with_dense_attention(tmp_path, ranks, dtype, axes, options, keywords):

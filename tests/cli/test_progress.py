@@ -57,6 +57,21 @@ def test_reporting_kernels_are_the_kernels(kernels, layout, ring_size, keywords)
     assert len(told) > 1
 
 
+def test_pairs_of_dilated_attention_are_told_as_often_as_branches_show_them():
+    q, k, v = qkv()
+    branches = {"segment_lengths": (5, 9, 40), "dilation_rates": (1, 2, 4), "causal": True}
+    told = []
+    reporting = ReportingKernels(NumpyKernels(), told.append, slabs=5, least_rows=1)
+    out = ringcore.dilated_attention(q, k, v, ring_size=3, layout="zigzag", kernels=reporting, **branches)
+    np.testing.assert_allclose(out, ringcore.dilated_attention(q, k, v, **branches), rtol=0, atol=5e-6)
+    batch, heads, length = q.shape[:3]
+    head, i, j = np.arange(heads)[:, None, None], np.arange(length)[:, None], np.arange(length)
+    assert sum(told) == batch * sum(
+        int(((i // w == j // w) & (i % w % r == head % r) & (j % w % r == head % r) & (j <= i)).sum())
+        for w, r in zip((5, 9, 40), (1, 2, 4), strict=True)
+    )
+
+
 @pytest.mark.parametrize("ring_size", [1, 3])
 def test_reporting_fused_kernels_are_the_kernels(ring_size):
     """Their half results are added to, slab by slab, in float32."""
