@@ -11,8 +11,10 @@ from ringcore.call import Call, check_output_gradients
 from ringcore.discovery import autograd_adapter
 from ringcore.errors import KeywordError
 from ringcore.layout import Layout
+from ringcore.partial import Partial
 from ringcore.positions import Mask
 from ringcore.protocols import Kernels
+from ringcore.resumption import check_partial
 from ringcore.values import Array
 
 
@@ -51,6 +53,8 @@ def ring_attention(
     k_layout: str | Layout | None = None,
     axes: str = "bhsd",
     return_lse: bool = False,
+    partial: Partial | None = None,
+    return_partial: bool = False,
     reduce_replicated: bool = False,
     kernels: Kernels | str | None = None,
 ) -> Any:
@@ -97,6 +101,11 @@ def ring_attention(
         layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions. "auto", without
             ``ring``, is the one with which the most loaded rank has the least work.
         q_layout, k_layout: the same for q (and out), and for k and v, where they differ.
+        partial: a `Partial` of these queries (on a ring, of this rank's), [B, H, S, ...] whatever ``axes`` says, over
+            keys that they saw before: the call goes on from there. It stays as it is.
+        return_partial: give a `Partial` instead of out: more keys can come, by ``partial`` or by `ringcore.merge`.
+            Neither has gradients. Positions count from the first key of the call: a later chunk wants a smaller
+            query_offset. Sinks and a prefix count in every call that is given them.
         reduce_replicated: for Torch, whose autograd makes gradients: those of sinks, of prefix and of a bias with one
             row, which are else this rank's share, are the sum over all ranks, the same on each.
         kernels: who computes, by name or object; None takes the best that is installed and able.
@@ -111,19 +120,27 @@ def ring_attention(
         "dropout": dropout, "dropout_seed": dropout_seed, "reduce_replicated": reduce_replicated,
         "mask_of": mask if callable(mask) else None,
     }  # fmt: skip
-    return attend("ring_attention", Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi), return_lse, **keywords)
+    inputs = Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi)
+    return attend("ring_attention", inputs, return_lse, partial, return_partial, **keywords)
 
 
-def attend(name: str, inputs: Inputs, return_lse: bool, **keywords: Any) -> Any:
-    """out, or (out, lse), of the function of this name: by the autograd of the arrays' library if it has one."""
+def attend(
+    name: str, inputs: Inputs, return_lse: bool, partial: Partial | None = None, return_partial: bool = False,
+    **keywords: Any,
+) -> Any:  # fmt: skip
+    """out, (out, lse) or a partial, of the function of this name.
+
+    By the autograd of the arrays' library if it has one, which sees no partials.
+    """
     adapter = autograd_adapter(type(inputs.q))
-    if adapter is not None:
+    if adapter is not None and partial is None and return_partial is False:
         found = sys.modules[adapter].attend(inputs, return_lse=return_lse, **keywords)
         if found is not NotImplemented:
             return found
 
     def further(arguments: Arguments) -> None:
         check_flag("return_lse", return_lse)
+        check_partial(partial, return_partial, return_lse, arguments)
         if arguments.reduce_replicated and adapter is None:
             raise KeywordError(
                 "reduce_replicated is about gradients, and ring_attention makes some for Torch's tensors alone. Call "
@@ -131,7 +148,12 @@ def attend(name: str, inputs: Inputs, return_lse: bool, **keywords: Any) -> Any:
             )
 
     call = Call(name, **keywords)
-    result = call.prepare(inputs, further).forward()
+    prepared = call.prepare(inputs, further)
+    if partial is not None:
+        prepared.resume(partial)
+    result = prepared.forward(keep_wide=bool(return_partial))
+    if return_partial:
+        return result.partial(prepared.arguments.score)
     out = swap_axes(result.out, call.axes)
     return (out, result.lse) if return_lse else out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -32,7 +33,7 @@ from ringcore.positions import Mask
 from ringcore.protocols import Kernels, Transport
 from ringcore.replicated import add_all
 from ringcore.session import LocalSession, ProcessSession, Session, split_term
-from ringcore.values import Array, Blocks, Tile, namespace
+from ringcore.values import Array, Blocks, Score, Tile, namespace
 from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 
 Further = TypeVar("Further")
@@ -225,6 +226,12 @@ class Result:
     maximum: Array
     total: Array
 
+    def partial(self, score: Score) -> Partial:
+        """The same before the division, for more keys to come; ``wide`` must have been kept."""
+        xp = namespace(self.wide)
+        seen = (self.maximum != -math.inf) & (self.total != 0)
+        return Partial(self.wide * xp.where(seen, self.total, 0.0)[..., None], self.maximum, self.total, score)
+
     @property
     def lse(self) -> Array:
         """[B, H, S], natural log."""
@@ -259,6 +266,13 @@ class Prepared:
             )
             for q, k, v, bias, mask, before in zip(qs, ks, vs, biases, masks, tiles, strict=True)
         ]  # fmt: skip
+
+    def resume(self, partial: Partial) -> None:
+        """Let forward begin with what these queries saw before; ``partial`` stays as it is."""
+        layout, wide = self.session.deal.q_layout, partial.widened
+        parts = zip(*(self.session.split(x, layout) for x in (wide.weighted, wide.maximum, wide.total)), strict=True)
+        for work, own in zip(self._works, parts, strict=True):
+            work.resume(Partial(*(self._xp.asarray(x, copy=True) for x in own)))
 
     def forward(self, keep_wide: bool = False) -> Result:
         """Run the ring. keep_wide: ``wide`` of the result is in the accumulation dtype, which `backward` reads."""

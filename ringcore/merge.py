@@ -8,9 +8,9 @@ from typing import Any
 import array_api_compat
 
 from ringcore.arrays import put
-from ringcore.errors import ShapeError
+from ringcore.errors import KeywordError, ShapeError
 from ringcore.partial import Partial, accumulation_dtype
-from ringcore.values import Array, namespace
+from ringcore.values import Array, Score, namespace
 
 
 def merge(first: Partial, second: Partial) -> Partial:
@@ -21,7 +21,7 @@ def merge(first: Partial, second: Partial) -> Partial:
     Units: ``maximum`` is a score (natural-log scale); -inf means that no key was seen.
     Law: commutative, associative up to rounding; an empty partial changes nothing, bit for bit.
 
-    Raises ShapeError if the shapes differ.
+    Raises ShapeError if the shapes differ, KeywordError if their scores are known to be made in different ways.
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867, section 3.
     """
     for name in ("weighted", "maximum", "total"):
@@ -31,6 +31,7 @@ def merge(first: Partial, second: Partial) -> Partial:
                 f"{name} has shape {tuple(due)} in the first partial and {tuple(came)} in the second. "
                 "Merge partials of the same queries."
             )
+    score = common_score(first, second.score)
     xp = namespace(first.weighted, second.weighted)
     wide = _wider(xp, first.maximum.dtype, second.maximum.dtype)
     first, second = _canonical(xp, first, wide), _canonical(xp, second, wide)
@@ -56,7 +57,19 @@ def merge(first: Partial, second: Partial) -> Partial:
         ),
         maximum,
         select(first.total, second.total, first.total * first_factor + second.total * second_factor, *seen),
+        score,
     )
+
+
+def common_score(partial: Partial, score: Score | None) -> Score | None:
+    """What made the scores of the partial and of others; raises KeywordError if it is known not to be one thing."""
+    own = partial.score
+    if own is not None and score is not None and (own.scale, own.softcap) != (score.scale, score.softcap):
+        raise KeywordError(
+            f"the scores of one partial were made with scale {own.scale} and softcap {own.softcap}, those of the other "
+            f"with scale {score.scale} and softcap {score.softcap}: they are of different softmaxes."
+        )
+    return own or score
 
 
 def merge_rows(state: Partial, rows: tuple[Any, ...], part: Partial) -> Partial:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import array_api_compat
 
 from ringcore.errors import DtypeError, KeywordError, ShapeError
-from ringcore.values import Array, namespace
+from ringcore.values import Array, Score, namespace
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that attention is defined for, by name."""
@@ -24,11 +24,13 @@ class Partial:
     neither overflow nor underflow. It cancels. A row that saw no key is (0, -inf, 0).
     Dtypes: the accumulation dtype, but for ``weighted`` of a fused kernel's result, which may stay in a half type as
     long as every total is 1, or 0 over a row of 0.
+    score: what made scores of q.k, where it is known: partials of different ones are of different softmaxes.
     """
 
     weighted: Array
     maximum: Array
     total: Array
+    score: Score | None = None
 
     @property
     def seen(self) -> Array:
@@ -41,7 +43,7 @@ class Partial:
         if self.weighted.dtype == self.total.dtype:
             return self
         wide = namespace(self.weighted).astype(self.weighted, self.total.dtype)
-        return Partial(wide, self.maximum, self.total)
+        return Partial(wide, self.maximum, self.total, self.score)
 
     @property
     def out(self) -> Array:

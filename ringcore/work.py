@@ -10,7 +10,7 @@ import array_api_compat
 
 from ringcore.arrays import add, key_index, put, row_index, slice_of, term_index
 from ringcore.grouping import launches
-from ringcore.merge import StandardArithmetic, empty_partial, fields
+from ringcore.merge import StandardArithmetic, empty_partial, fields, merge
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
 from ringcore.positions import Mask, alibi_of, blocks, bounded, shown
@@ -49,6 +49,10 @@ class ForwardWork:
         # A sink is a key that every query of its head sees, without a value: the sums begin with it, once.
         self.state = None if sinks is None else _partial_of_sinks(sinks, q, v.shape[-1])
         self.last: tuple[tuple[Any, ...], Partial] | None = None
+
+    def resume(self, state: Partial) -> None:
+        """Begin with what q's rows saw before: arrays that may be written to, in the accumulation dtype."""
+        self.state = state if self.state is None else merge(self.state, state)
 
     def visiting(self) -> Blocks:
         """k [B, Hk, T, D] and v [B, Hk, T, E]."""

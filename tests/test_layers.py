@@ -45,6 +45,7 @@ LAYERS = {
         "local",
         "probation",
         "replicated",
+        "resumption",
         "ring",
         "session",
         "work",

@@ -91,8 +91,8 @@ class Forward:
         self._state = state
         if state is None:
             shape = (batch, heads, height)
-            empty = (np.empty(s, dtype=self._dtype) for s in ((*shape, self._values), shape, shape))
-            self.result = Partial(*empty)
+            weighted, maximum, total = (np.empty(s, self._dtype) for s in ((*shape, self._values), shape, shape))
+            self.result = Partial(weighted, maximum, total)
         else:
             self.result = state
         self._strips = self._plan()

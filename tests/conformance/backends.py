@@ -373,6 +373,11 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
     attention, with_pullback = ringcore.ring_attention, ringcore.ring_attention_vjp
     if "segment_lengths" in keywords:
         attention, with_pullback = ringcore.dilated_attention, ringcore.dilated_attention_vjp
+    keys = keywords.pop("resumed", None)
+    if keys is not None and wrt is None:  # half of the keys first
+        half = backend.make(np.arange(keys)[None, :] % 2 == 0)
+        first = attention(q, k, v, **keywords, mask=half, return_partial=True)
+        keywords |= {"partial": first, "mask": ~half}
     if wrt is None:
         keywords.pop("reduce_replicated", None)
         out, lse = attention(q, k, v, return_lse=True, **keywords)

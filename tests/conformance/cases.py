@@ -244,6 +244,7 @@ FEATURES: dict[str, Feature] = {
     "dropout": _dropout,
     "dropout and more": _dropout_and_more,
     "everything": _everything,
+    "resumed": lambda rng, shape, dtype: {"resumed": shape.keys, "causal": True, "softcap": 2.0},
     "dilated": lambda rng, shape, dtype: {
         "segment_lengths": [7, 12, 64], "dilation_rates": [1, 2, 4], "causal": True, "softcap": 3.0,
     },
