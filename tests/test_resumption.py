@@ -43,8 +43,8 @@ def test_chunks_in_any_order_merge():
 
 def test_sinks_count_in_the_call_that_is_given_them():
     sinks = np.array([0.3, -1.0, 2.0, 0.0])
-    first = chunk(0, 3, sinks=sinks)
-    close(chunk(3, 6, partial=first), sinks=sinks)
+    close(chunk(3, 6, partial=chunk(0, 3, sinks=sinks)), sinks=sinks)
+    close(chunk(3, 6, partial=chunk(0, 3), sinks=sinks), sinks=sinks)
 
 
 def test_a_partial_of_a_kernel_is_resumed():
