@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any
 
@@ -67,6 +68,7 @@ def balanced(
     return min(candidates, key=lambda layout: max(loads(ring_plans(layout, layout, visibility), launch)))
 
 
+@lru_cache(maxsize=64)
 def lightest(visibility: Visibility, q_length: int, k_length: int, size: int) -> tuple[Layout, Layout]:
     """Of named and balanced layouts those for q and for k and v with which the most loaded rank has the least work."""
     pairs_of_layouts = [(deal(q_length, size), deal(k_length, size)) for deal in NAMED.values()]
@@ -77,8 +79,17 @@ def lightest(visibility: Visibility, q_length: int, k_length: int, size: int) ->
 
 
 def loads(plans: Sequence[Plan], launch: int = LAUNCH) -> list[int]:
-    """The work of each rank: the pairs of its tiles for one head, and ``launch`` for each tile."""
-    return [sum(map(pairs, plan.tiles)) + launch * len(plan.tiles) for plan in plans]
+    """The work of each rank: pairs for each head, and ``launch`` more for each tile.
+
+    A tile of some heads alone, as dilated attention has them, counts as their share of all.
+    """
+    heads = max((tile.q_heads.stop for plan in plans for tile in plan.tiles), default=1)
+    return [_work(plan.tiles, heads, launch) for plan in plans]
+
+
+def _work(tiles: Sequence[Tile], heads: int, launch: int) -> int:
+    shares = (len(range(tile.q_heads.start, tile.q_heads.stop, tile.q_heads.step or 1)) for tile in tiles)
+    return sum((pairs(tile) + launch) * share for tile, share in zip(tiles, shares, strict=True)) // heads
 
 
 def pairs(tile: Tile) -> int:
@@ -94,7 +105,7 @@ def _dealt(length: int, size: int, count: int, visibility: Visibility, launch: i
     work = []
     for start, stop in pairwise(cuts):
         tiles = tiles_between((range(start, stop),), (range(length),), visibility)
-        work.append(sum(map(pairs, tiles)) + launch * len(tiles))
+        work.append(_work(tiles, visibility.heads, launch))
     held: list[list[int]] = [[] for _ in range(size)]
     sums = [0] * size
     for part in sorted(range(parts), key=lambda part: (-work[part], part)):

@@ -44,8 +44,8 @@ def dilated_attention(
     for some head gives out 0 and lse -inf there.
 
     Shapes, dtypes and units are those of `ringcore.ring_attention`, for q and k of the same length. Segments need not
-    end with shards, nor r divide w, nor w the length. Rows of k and v travel only to ranks that read them; those of
-    segments within a shard do not.
+    end with shards, nor r divide w, nor w the length. A rank is sent the rows of k and v from the first to the last
+    that it reads, and nothing of segments that lie within shards.
 
     Keywords:
         segment_lengths, dilation_rates: whole numbers, 1 or more, one of both for each branch.

@@ -45,7 +45,7 @@ def check_dilation(given: Any) -> Dilation | None:
         return None
     lengths, rates, head_offset = given
     for name, numbers in (("segment_lengths", lengths), ("dilation_rates", rates)):
-        if not isinstance(numbers, Sequence) or isinstance(numbers, str) or not len(numbers):
+        if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes) or not len(numbers):
             raise KeywordError(f"{name} is {numbers!r}; it must hold a whole number for each branch, one or more.")
         for number in numbers:
             if not is_integer(number) or number < 1:

@@ -22,8 +22,8 @@ class Dropout(NamedTuple):
     """What decides about a tile's pairs, in numbers, for kernels that draw by themselves.
 
     seed: the word after both words of the seed, on which those of batch entry, head and row follow. least: the smallest
-    word that stays. scale: what the weights that stay are multiplied with. The others are positions: of the tile's
-    first batch entry, head, row and key, and from one row or key to the next.
+    word that stays. scale: what the weights that stay are multiplied with. The others are places: of the tile's first
+    batch entry, head, row and key, and from one head, row or key to the next.
     """
 
     seed: int
@@ -31,6 +31,7 @@ class Dropout(NamedTuple):
     scale: float
     batch: int
     head: int
+    head_step: int
     row: int
     row_step: int
     key: int
@@ -43,8 +44,9 @@ class Dropout(NamedTuple):
         seed = _absorbed(_absorbed(0, score.seed & _WORD), score.seed >> 32 & _WORD)
         least = min(_WORD, round(score.dropout * (_WORD + 1)))
         scale = 1.0 / (1.0 - score.dropout)
-        places = tile.batch.start, tile.q_heads.start, rows.start, rows.step, columns.start, columns.step
-        return cls(seed, least, scale, *places)
+        heads = tile.q_heads.start, tile.q_heads.step or 1
+        sides = rows.start, rows.step, columns.start, columns.step
+        return cls(seed, least, scale, tile.batch.start, *heads, *sides)
 
     def corner(self, batch: int, row: int, key: int) -> Dropout:
         """The same for a part of the tile, from this batch entry, row and key on."""
@@ -67,7 +69,7 @@ def kept_weights(score: Score, tile: Tile, like: Array, dtype: Any) -> Array:
         return xp.reshape(found, tuple(shape))
 
     ((rows,), (columns,)) = tile.row_positions, tile.column_positions
-    leading = (range(part.start, part.stop) for part in (tile.batch, tile.q_heads))
+    leading = (range(part.start, part.stop, part.step or 1) for part in (tile.batch, tile.q_heads))
     draw = Dropout.of(score, tile)
     of_row: Array | int = draw.seed
     for axis, places in enumerate((*leading, rows)):

@@ -10,8 +10,10 @@ from ringcore.arguments import Arguments, Inputs, check_flag
 from ringcore.call import Call
 from ringcore.discovery import find_transport
 from ringcore.layout import AUTO, Layout
+from ringcore.partial import Partial
 from ringcore.positions import NUMBERS, SIDE, Mask
 from ringcore.protocols import Kernels, Transport
+from ringcore.resumption import check_partial
 from ringcore.session import LocalSession
 from ringcore.values import Array
 
@@ -66,6 +68,8 @@ def explain(
     k_layout: str | Layout | None = None,
     axes: str = "bhsd",
     return_lse: bool = False,
+    partial: Partial | None = None,
+    return_partial: bool = False,
     reduce_replicated: bool = False,
     kernels: Kernels | str | None = None,
 ) -> Explanation:
@@ -95,6 +99,7 @@ def explain(
         mask_of=mask if callable(mask) else None, gradient=bool(wrt), wrt=wrt,
     )  # fmt: skip
     arguments, chosen, passed = call.choose(inputs)
+    check_partial(partial, return_partial, return_lse, arguments)
     layouts = arguments.q_layout, arguments.k_layout
     if AUTO in layouts:
         deal = LocalSession(arguments, ring_size or 1).deal

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ringcore.pieces import pieces
 from ringcore.values import Band, Capabilities, Tile
 
-_KEPT = 256  # steps whose launches are remembered: plans are, and to group thousands of tiles takes milliseconds
+_KEPT = 4096  # steps whose launches are remembered: plans are, and to group thousands of tiles takes milliseconds
 _remembered: dict[tuple[int, str, int], tuple[Sequence[Tile], list[Tile]]] = {}
 
 
@@ -18,7 +18,7 @@ def launches(tiles: Sequence[Tile], can: Capabilities) -> list[Tile]:
     found = _remembered.get(key)
     if found is None:
         if len(_remembered) >= _KEPT:
-            _remembered.clear()
+            del _remembered[next(iter(_remembered))]
         cut = (piece for tile in tiles for piece in pieces(tile, can, masked=False))
         found = _remembered[key] = tiles, grouped(cut)  # with the tiles, so that no others get their id
     return found[1]
@@ -31,7 +31,8 @@ def grouped(tiles: Iterable[Tile]) -> list[Tile]:
         for place, (corner, group) in enumerate(groups):
             common = _common(corner, group, tile) if _follows(group[-1], tile) else None
             if common is not None:
-                groups[place] = common, [*group, tile]
+                group.append(tile)
+                groups[place] = common, group
                 break
         else:
             groups.append((_from_corner(tile), [tile]))

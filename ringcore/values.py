@@ -244,7 +244,7 @@ class Capabilities:
     than wide, so that a window can be aligned in the lower right corner. "triangles": no band, or causal from the
     upper left corner. "squares": that on as many rows as columns. What is neither comes in strips of ``strip`` rows
     with any band.
-    parts: they take tiles with parts (see `Tile`), without bias and mask. Rows without a part saw nothing.
+    parts: they take tiles with parts (see `Tile`), without bias, mask and dropout. Rows without a part saw nothing.
     preference: of several kernels that can, those with the highest are taken.
     poison_rows: NaN in a key that only some rows see stays out of the others.
     largest_head, head_multiple, equal_heads: bounds on the widths of k and v.

@@ -1,11 +1,22 @@
 """Dilated attention: what it is equal to, what it costs, and what it refuses. Exactness is the conformance suite's."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from given import K, Q, V, refused
 
 import ringcore
 from ringcore import KeywordError, ShapeError, dilated_attention, dilated_attention_vjp
+from ringcore.balance import lightest, pairs
+from ringcore.dilation import Dilation
+from ringcore.schedule import ring_plans
+from ringcore.tiling import Visibility
+
+sys.path.append(str(Path(__file__).parent / "conformance"))
+
+from oracle import kept_pairs, multiplicity
 
 RIGHT = {"segment_lengths": (4, 6), "dilation_rates": (1, 2)}
 
@@ -82,3 +93,23 @@ def test_auto_deals_the_work_evenly():
     branches = {"segment_lengths": [16, 64], "dilation_rates": [1, 4], "causal": True}
     due = dilated_attention(q, k, v, **branches)
     np.testing.assert_allclose(dilated_attention(q, k, v, **branches, ring_size=4, layout="auto"), due, atol=1e-13)
+    length = 131_072  # of which a launch is little
+    dilation = Dilation(((4096, 1), (length, 8)))
+    seen = Visibility(True, (None, None), (0,), (length,), heads=16, key_heads=16, dilation=dilation)
+    work = []
+    for plan in ring_plans(*lightest(seen, length, length, 4), seen):
+        heads = [len(range(t.q_heads.start, t.q_heads.stop, t.q_heads.step)) for t in plan.tiles]
+        work.append(sum(pairs(t) * count for t, count in zip(plan.tiles, heads, strict=True)))
+    assert max(work) <= 1.05 * sum(work) / 4
+
+
+@pytest.mark.parametrize("head_offset", ["modulo", "block"])
+def test_dropout_takes_a_pair_away_in_every_branch_that_shows_it(head_offset):
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((2, 5, 24, 4)) for _ in range(3))
+    branches = {"segment_lengths": [8, 12, 24], "dilation_rates": [1, 2, 3], "head_offset": head_offset}
+    kept = kept_pairs(0.4, 6, 2, 5, np.tile(np.arange(24), (2, 1)), np.arange(24))
+    power = multiplicity(5, 24, branches) * np.exp(np.einsum("bhsd,bhtd->bhst", q, k) / 2)
+    due = (power / power.sum(-1, keepdims=True) * kept) @ v
+    out = dilated_attention(q, k, v, **branches, dropout=0.4, dropout_seed=6, ring_size=2)
+    np.testing.assert_allclose(out, due, atol=1e-12)

@@ -8,7 +8,7 @@ typedef unsigned int Word;
 struct Draw {  // which weights dropout takes away, by the words of ringcore/dropout.py
     Word seed, least;
     WIDE scale;
-    Count batch, head, row, row_step, key, key_step;
+    Count batch, head, head_step, row, row_step, key, key_step;
 
     static __device__ Word absorbed(Word state, Word word) {
         word *= 0xCC9E2D51u;
@@ -27,7 +27,7 @@ struct Draw {  // which weights dropout takes away, by the words of ringcore/dro
     }
 
     __device__ Word of_row(Count in_heads, Count in_rows) const {
-        return finished(placed(placed(placed(seed, batch), head + in_heads), row + in_rows * row_step));
+        return finished(placed(placed(placed(seed, batch), head + in_heads * head_step), row + in_rows * row_step));
     }
 
     // What the weight of a key is multiplied with.
@@ -80,10 +80,13 @@ struct Terms {  // what is done to q.k
 
 #if DROPS
 #define DRAW                                                                                                           \
-    , Count seed, Count least, double kept, Count first_batch, Count first_head, Count first_row, Count row_step,      \
-        Count first_key, Count key_step
+    , Count seed, Count least, double kept, Count first_batch, Count first_head, Count head_step, Count first_row,     \
+        Count row_step, Count first_key, Count key_step
 #define GIVEN_DRAW                                                                                                     \
-    Draw{Word(seed), Word(least), WIDE(kept), first_batch, first_head, first_row, row_step, first_key, key_step}
+    Draw{                                                                                                              \
+        Word(seed), Word(least), WIDE(kept), first_batch, first_head, head_step, first_row, row_step, first_key,       \
+        key_step                                                                                                       \
+    }
 #else
 #define DRAW
 #define GIVEN_DRAW Draw{}

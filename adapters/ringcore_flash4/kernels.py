@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
 from ringcore import Band, Capabilities, Gradients, Partial, Score, Tile, UnsupportedError
+from ringcore_flash4.sequences import Sequences
 
 Tensor = torch.Tensor
 
@@ -26,6 +24,7 @@ class Flash4:
 
     def __init__(self) -> None:
         self._ones: dict[torch.device, Tensor] = {}
+        self._sequences = Sequences(self.capturing)
 
     def capturing(self) -> bool:
         """Whether work is recorded for a graph, not run."""
@@ -52,7 +51,7 @@ class Flash4:
     ) -> Gradients:  # fmt: skip
         """The tile's own gradients; see `ringcore.Kernels`."""
         if tile.parts:
-            return _backward_of_parts(dout, q, k, v, score, tile, out, lse, dlse)
+            return self._backward_of_parts(dout, q, k, v, score, tile, out, lse, dlse)
         dout, q, k, v, out = _sequence_first(dout, q, k, v, out)
         found = _flash_attn_bwd(
             q, k, v, out, dout, lse, score.scale, softcap=score.softcap or 0.0, dlse=dlse,
@@ -64,11 +63,24 @@ class Flash4:
         batch, heads, rows, _ = q.shape
         out, lse, *_ = _flash_attn_fwd(
             *map(_end_to_end, (q, k, v)), softmax_scale=score.scale, softcap=score.softcap or 0.0, return_lse=True,
-            **_sequences(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
+            **self._sequences.of(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
         )  # fmt: skip
         out = out.view(batch, rows, heads, v.shape[3]).transpose(1, 2)
         lse = lse.view(heads, batch, rows).transpose(0, 1)
         return Partial(out, lse, self._ones_like(lse))
+
+    def _backward_of_parts(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, score: Score, tile: Tile, out: Tensor, lse: Tensor,
+        dlse: Tensor | None,
+    ) -> Gradients:  # fmt: skip
+        batch, _, rows, _ = q.shape
+        found = _flash_attn_bwd(
+            *map(_end_to_end, (q, k, v, out, dout)), _rows_end_to_end(lse), score.scale, softcap=score.softcap or 0.0,
+            dlse=None if dlse is None else _rows_end_to_end(dlse),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **self._sequences.of(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
+        )  # fmt: skip
+        return Gradients(*(x.unflatten(0, (batch, -1)).transpose(1, 2) for x in found))
 
     def _ones_like(self, lse: Tensor) -> Tensor:
         """One number for all rows. It is kept, because to make it takes as long as the launch of any kernel."""
@@ -105,46 +117,6 @@ def _end_to_end(x: Tensor) -> Tensor:
 def _rows_end_to_end(x: Tensor) -> Tensor:
     """[B, H, S] as [H, B * S], without gaps."""
     return x.transpose(0, 1).flatten(1).contiguous()
-
-
-def _backward_of_parts(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, score: Score, tile: Tile, out: Tensor, lse: Tensor,
-    dlse: Tensor | None,
-) -> Gradients:  # fmt: skip
-    batch, _, rows, _ = q.shape
-    found = _flash_attn_bwd(
-        *map(_end_to_end, (q, k, v, out, dout)), _rows_end_to_end(lse), score.scale, softcap=score.softcap or 0.0,
-        dlse=None if dlse is None else _rows_end_to_end(dlse),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        **_sequences(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
-    )  # fmt: skip
-    return Gradients(*(x.unflatten(0, (batch, -1)).transpose(1, 2) for x in found))
-
-
-def _sequences(tile: Tile, batch: int, rows: int, keys: int, device: torch.device) -> dict[str, Any]:
-    """Where the parts begin and end in all entries end to end, with sequences of rows or of keys alone between them."""
-    parts = tuple((mine.start, mine.stop, theirs.start, theirs.stop) for _, mine, theirs in tile.places())
-    return _on_device(parts, batch, rows, keys, device)
-
-
-@lru_cache(maxsize=256)
-def _on_device(
-    parts: tuple[tuple[int, int, int, int], ...], batch: int, rows: int, keys: int, device: torch.device
-) -> dict[str, Any]:
-    q_ends, k_ends = [0], [0]
-    for entry in range(batch):
-        for row, row_end, key, key_end in (*parts, (rows, rows, keys, keys)):
-            for q_end, k_end in ((row, None), (None, key), (row_end, key_end)):
-                q_ends.append(q_ends[-1] if q_end is None else entry * rows + q_end)
-                k_ends.append(k_ends[-1] if k_end is None else entry * keys + k_end)
-    steps = [(b - a, d - c) for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)]
-    kept = [place for place, (height, width) in enumerate(steps) if height or width]
-    return {
-        "cu_seqlens_q": torch.tensor([0, *(q_ends[place + 1] for place in kept)], dtype=torch.int32, device=device),
-        "cu_seqlens_k": torch.tensor([0, *(k_ends[place + 1] for place in kept)], dtype=torch.int32, device=device),
-        "max_seqlen_q": max(height for height, _ in steps),
-        "max_seqlen_k": max(width for _, width in steps),
-    }
 
 
 def _bounds(band: Band) -> dict[str, int | None]:

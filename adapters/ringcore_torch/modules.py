@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringcore import Kernels, KeywordError, Layout, ShapeError, dilated_attention
+from ringcore import Kernels, KeywordError, Layout, ShapeError, UnsupportedError, dilated_attention
 
 
 class DilatedAttention(nn.Module):
@@ -16,8 +16,8 @@ class DilatedAttention(nn.Module):
 
     segment_lengths, dilation_rates: one of both for each branch. softmax_scale: 1 / sqrt(D) if None.
     attention_dropout: a rate, in training alone; its seed is drawn from torch's default generator, which ranks of a
-    ring must have seeded alike. The others are keywords of `ringcore.dilated_attention`; with ``ring`` the tensors are
-    this rank's shards.
+    ring must have seeded alike. torch.compile would take one seed for all calls: it is refused. The others are keywords
+    of `ringcore.dilated_attention`; with ``ring`` the tensors are this rank's shards.
     """
 
     def __init__(
@@ -42,6 +42,11 @@ class DilatedAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
         """Attention [B, N, H, D] of query, key and value [B, N, H, D]; key and value may have fewer heads."""
         drops = self.training and self.dropout_p != 0
+        if drops and torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "attention_dropout draws a seed for each call, which torch.compile would take for a constant. Leave "
+                "this module out with torch.compiler.disable, or set the rate to 0."
+            )
         seed = int(torch.randint(1 << 62, ()).item()) if drops else None
         out: Tensor = dilated_attention(
             query, key, value, segment_lengths=self.segment_lengths, dilation_rates=self.dilation_rates,
@@ -102,8 +107,10 @@ class MultiheadDilatedAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> tuple[Tensor, None]:
         """(Attention [B, N, embed_dim], None) of query, key and value [B, N, embed_dim]: weights are never made."""
-        if query.ndim != 3:
-            raise ShapeError(f"query has shape {tuple(query.shape)}; it must be [B, N, embed_dim].")
+        width = self.q_proj.in_features
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.ndim != 3 or x.shape[2] != width:
+                raise ShapeError(f"{name} has shape {tuple(x.shape)}; it must be [B, N, {width}].")
         q, k, v = (
             layer(x).unflatten(-1, (self.num_heads, -1))
             for layer, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))

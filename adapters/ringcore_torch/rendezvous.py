@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -29,9 +30,7 @@ class Meeting:
         self.name = _next_name()
         self.group._set_group_name(self.name)
         _register_process_group(self.name, self.group)
-
-    def __del__(self) -> None:
-        _unregister_process_group(self.name)
+        weakref.finalize(self, _unregister_process_group, self.name)
 
 
 def _next_name() -> Any:
@@ -39,12 +38,12 @@ def _next_name() -> Any:
 
 
 class Renumbered(Store):
-    """A store in whose keys, ``what/number/...``, numbers count from 0 in the order in which they first come."""
+    """A store in whose keys, ``what/number/...``, numbers count from 0 for each what, as they first come."""
 
     def __init__(self, store: Store) -> None:
         super().__init__()
         self._store = store
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[str, dict[str, int]] = {}
 
     def set(self, key: str, value: Any) -> None:
         """As Store.set."""
@@ -67,5 +66,7 @@ class Renumbered(Store):
         self._store.wait([self._key(key) for key in keys], *(() if timeout is None else (timeout,)))
 
     def _key(self, key: str) -> str:
-        what, number, *rest = key.split("/")
-        return "/".join((what, str(self._numbers.setdefault(number, len(self._numbers))), *rest))
+        what, _, rest = key.partition("/")
+        number, slash, rest = rest.partition("/")
+        known = self._numbers.setdefault(what, {})
+        return f"{what}/{known.setdefault(number, len(known))}{slash}{rest}"

@@ -55,7 +55,7 @@ def query_gradient(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, dlse, delta, dout, out, dq,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, ob, oh, os, fb, fh, fs, gb, gh, gs,
     heads, group, rows, keys, lo, hi, scale, softcap, width, values,
-    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
+    seed, least, kept_scale, first_batch, first_head, head_step, first_row, row_step, first_key, key_step,
     banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
     precision: tl.constexpr, with_dlse: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
     block_rows: tl.constexpr, block_keys: tl.constexpr,
@@ -81,7 +81,7 @@ def query_gradient(  # type: ignore[no-untyped-def]
     found = tl.zeros((block_rows, wide), tl.float32)
     of_row = row
     if drops:
-        of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)
+        of_row = words_of_rows(seed, first_batch + batch, first_head + head * head_step, first_row, row_step, row)
     first, last = columns_of(block * block_rows, block_rows, rows, keys, lo, hi)
     for start in range(first // block_keys * block_keys, last, block_keys):
         key = start + column
@@ -109,7 +109,7 @@ def key_gradients(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, delta, dout, dk, dv,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, ob, oh, os, gb, gh, gs, hb, hh, hs,
     heads, group, rows, keys, lo, hi, scale, softcap, width, values,
-    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
+    seed, least, kept_scale, first_batch, first_head, head_step, first_row, row_step, first_key, key_step,
     banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
     precision: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
     block_rows: tl.constexpr, block_keys: tl.constexpr,
@@ -142,7 +142,9 @@ def key_gradients(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             of_row = row
             if drops:
-                of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)
+                of_row = words_of_rows(
+                    seed, first_batch + batch, first_head + head * head_step, first_row, row_step, row
+                )
             weights, _, gradient = _score_gradient(
                 mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap,
                 of_row, of_key, least, kept_scale, soft, drops, precision,
@@ -158,7 +160,7 @@ def bias_gradient(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, delta, dout,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, ob, oh, os,
     dbias, gb, gh, gs, gt, batches, heads, group, rows, keys, lo, hi, scale, softcap, width, values,
-    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
+    seed, least, kept_scale, first_batch, first_head, head_step, first_row, row_step, first_key, key_step,
     batch_once: tl.constexpr, head_once: tl.constexpr, row_once: tl.constexpr, key_once: tl.constexpr,
     banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
     precision: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
@@ -172,10 +174,10 @@ def bias_gradient(  # type: ignore[no-untyped-def]
     d, e = tl.arange(0, wide), tl.arange(0, wide_values)
     in_width, in_values = (d < width)[None, :], (e < values)[None, :]
     found = tl.zeros((block_rows, block_keys), tl.float32)
-    for batch_step in range(0, batches if batch_once else 1):
-        batch = own_batch + batch_step
-        for head_step in range(0, heads if head_once else 1):
-            head = own_head + head_step
+    for later_batch in range(0, batches if batch_once else 1):
+        batch = own_batch + later_batch
+        for later_head in range(0, heads if head_once else 1):
+            head = own_head + later_head
             for row_start in range(top_row, rows if row_once else top_row + 1, block_rows):
                 row = row_start + tl.arange(0, block_rows)
                 at = (batch * heads + head) * rows + row
@@ -203,7 +205,9 @@ def bias_gradient(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
                     of_row, of_key = row, key
                     if drops:
-                        of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)
+                        of_row = words_of_rows(
+                            seed, first_batch + batch, first_head + head * head_step, first_row, row_step, row
+                        )
                         of_key = words_of_keys(first_key, key_step, key)
                     _, gradient, _ = _score_gradient(
                         mine, theirs, given, do, top, inverse, difference, seen, added, scale, softcap,

@@ -12,8 +12,8 @@ from ringcore_torch.triton_scores import capped, columns_of, place, visible
 
 # They change with every tile, which must not compile anything anew.
 RUNTIME = [
-    "rows", "keys", "lo", "hi", "seed", "least", "first_batch", "first_head", "first_row", "row_step", "first_key",
-    "key_step",
+    "rows", "keys", "lo", "hi", "seed", "least", "first_batch", "first_head", "head_step", "first_row", "row_step",
+    "first_key", "key_step",
 ]  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def forward(  # type: ignore[no-untyped-def]
     q, k, v, bias, mask, maximum, total, weighted,
     qb, qh, qs, kb, kh, ks, vb, vh, vs, bb, bh, bs, bt, mb, mh, ms, mt, wb, wh, ws,
     heads, group, rows, keys, lo, hi, scale, softcap, width, values,
-    seed, least, kept_scale, first_batch, first_head, first_row, row_step, first_key, key_step,
+    seed, least, kept_scale, first_batch, first_head, head_step, first_row, row_step, first_key, key_step,
     banded: tl.constexpr, biased: tl.constexpr, masked: tl.constexpr, soft: tl.constexpr, drops: tl.constexpr,
     precision: tl.constexpr, wide: tl.constexpr, wide_values: tl.constexpr,
     block_rows: tl.constexpr, block_keys: tl.constexpr,
@@ -42,7 +42,9 @@ def forward(  # type: ignore[no-untyped-def]
     sums = tl.zeros((block_rows,), tl.float32)
     found = tl.zeros((block_rows, wide_values), tl.float32)
     if drops:
-        of_row = words_of_rows(seed, first_batch + batch, first_head + head, first_row, row_step, row)[:, None]
+        of_row = words_of_rows(seed, first_batch + batch, first_head + head * head_step, first_row, row_step, row)[
+            :, None
+        ]
     first, last = columns_of(block * block_rows, block_rows, rows, keys, lo, hi)
     for start in range(first // block_keys * block_keys, last, block_keys):
         key = start + column

@@ -14,7 +14,7 @@ from ringcore_torch.triton_forward import seen_keys
 Tensor = torch.Tensor
 
 _FAR = 1 << 30  # a bound of a band that hides nothing
-_NOTHING_DRAWN = 0, 0, 1.0, 0, 0, 0, 0, 0, 0
+_NOTHING_DRAWN = 0, 0, 1.0, 0, 0, 0, 0, 0, 0, 0
 _SIDE = 64  # of the blocks in which seen keys are looked for
 
 

@@ -18,7 +18,6 @@ _LAST = 5.0  # seconds that the end of the process waits for the channels to clo
 _going: set[Watch] = set()
 
 
-@atexit.register
 def _close_all() -> None:
     """All at once: to close a channel takes every rank of its ring, and ranks may have made theirs in any order.
 
@@ -71,6 +70,9 @@ class Watch:
         self._aborted = False
         self._thread = threading.Thread(target=self._run, name="ringcore deadline", daemon=True)
         self._thread.start()
+        if not _going:
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)  # what is registered later, to end torch.distributed say, comes before
         _going.add(self)
 
     def abort(self) -> None:

@@ -248,6 +248,9 @@ FEATURES: dict[str, Feature] = {
     "dilated": lambda rng, shape, dtype: {
         "segment_lengths": [7, 12, 64], "dilation_rates": [1, 2, 4], "causal": True, "softcap": 3.0,
     },
+    "dilated, dropout": lambda rng, shape, dtype: {
+        "segment_lengths": [7, 12], "dilation_rates": [1, 2], "dropout": 0.3, "dropout_seed": 3, "causal": True,
+    },
     "dilated by block": lambda rng, shape, dtype: {
         "segment_lengths": [16, 9], "dilation_rates": [2, 3], "head_offset": "block", "scale": 0.4,
         "key_lengths": [shape.keys - entry for entry in range(shape.batch)], "dropout": 0.2, "dropout_seed": 9,

@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "rendezvous by the numbers of each process",
         "adapters/ringcore_torch/rendezvous.py",
-        "str(self._numbers.setdefault(number, len(self._numbers)))",
-        "number",
+        "{known.setdefault(number, len(known))}",
+        "{number}",
         "tests/torch_adapter/test_rendezvous.py",
         "whatever_numbers",
         error="DistStoreError",

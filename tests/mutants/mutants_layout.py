@@ -467,7 +467,7 @@ MUTANTS = (
         "out_and_lse and dilated",
     ),
     Mutant(
-        "a key counted once however many branches show it",
+        "the first branch alone",
         "ringcore/dilation.py",
         "    for length, rate in dilation.branches:\n",
         "    for length, rate in dilation.branches[:1]:\n",

@@ -35,6 +35,17 @@ def test_dropout_is_for_training_and_drawn_from_torchs_generator():
     torch.testing.assert_close(module.eval()(q, k, v), plain)
 
 
+def test_it_compiles_without_dropout_alone():
+    module = DilatedAttention(**BRANCHES, attention_dropout=0.5)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    arrays = draw(1, 13, 2, 8)
+    module.eval()
+    torch.testing.assert_close(compiled(*arrays), module(*arrays))
+    module.train()
+    with pytest.raises(Exception, match="draws a seed for each call"):
+        compiled(*arrays)
+
+
 def test_heads_and_projections():
     layer = MultiheadDilatedAttention(16, 4, BRANCHES["dilation_rates"], BRANCHES["segment_lengths"], gamma_init=0.5)
     assert sorted(layer.state_dict()) == sorted(
@@ -56,7 +67,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ringcore.KeywordError, match="embed_dim is 10, which num_heads, 4, must divide"):
         MultiheadDilatedAttention(10, 4, [1], [4])
     layer = MultiheadDilatedAttention(8, 2, [1], [4], layer_norm=False, bias=False)
-    with pytest.raises(ringcore.ShapeError, match=r"query has shape \(3, 8\); it must be \[B, N, embed_dim\]"):
+    with pytest.raises(ringcore.ShapeError, match=r"query has shape \(3, 8\); it must be \[B, N, 8\]"):
         layer(*draw(3, 8))
+    with pytest.raises(ringcore.ShapeError, match=r"value has shape \(1, 4, 6\)"):
+        layer(*draw(1, 4, 8)[:2], torch.zeros(1, 4, 6))
     with pytest.raises(ringcore.KeywordError, match="1 segment_lengths and 2 dilation_rates"):
         DilatedAttention([4], [1, 2])(*draw(1, 4, 2, 8))

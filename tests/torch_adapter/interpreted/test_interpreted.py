@@ -59,6 +59,21 @@ def test_what_no_row_sees_reaches_nothing(name):
     check(KERNELS, "cpu", torch.float32, GROUPED, name, poison=True)
 
 
+@pytest.mark.parametrize("head_offset", ["modulo", "block"])
+def test_dropout_of_every_second_head(head_offset):
+    q, k, v, dout = (torch.randn((1, 4, 40, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+    branches = {"segment_lengths": [16, 40], "dilation_rates": [1, 2], "head_offset": head_offset}
+
+    def results(kernels):
+        (out, _), pullback = ringcore.dilated_attention_vjp(
+            q, k, v, **branches, dropout=0.4, dropout_seed=3, kernels=kernels, ring_size=2
+        )
+        return out, *pullback(dout)
+
+    for mine, due in zip(results(KERNELS), results("reference"), strict=True):
+        torch.testing.assert_close(mine, due, atol=1e-5, rtol=1e-5)
+
+
 def test_nan_shows_where_it_is_seen():
     check_nan(KERNELS, "cpu")
 
