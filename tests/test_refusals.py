@@ -319,8 +319,6 @@ FUTURE = [
     "attn_mask",
     "block_mask",
     "is_causal",
-    "partial",
-    "return_partial",
     "segment_lengths",
 ]
 
