@@ -4,6 +4,7 @@ from ringcore.api import ring_attention, ring_attention_vjp
 from ringcore.arguments import Inputs
 from ringcore.balance import balanced
 from ringcore.call import Call, Result, check_output_gradients
+from ringcore.decoding import decode_attention
 from ringcore.dilated import dilated_attention, dilated_attention_vjp
 from ringcore.discovery import find_transport
 from ringcore.documents import Documents, read_documents
@@ -29,7 +30,7 @@ from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths,
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.partition import shard, unshard
-from ringcore.protocols import Kernels, OneSided, Pending, Transport
+from ringcore.protocols import Kernels, OneSided, Pending, Reducing, Transport
 from ringcore.values import Array, Band, Blocks, Capabilities, Gradients, Move, Plan, Score, Spec, Step, Tile
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "PeerError",
     "Pending",
     "Plan",
+    "Reducing",
     "Result",
     "RingTimeout",
     "RingcoreError",
@@ -75,6 +77,7 @@ __all__ = [
     "balanced",
     "check_output_gradients",
     "contiguous",
+    "decode_attention",
     "dilated_attention",
     "dilated_attention_vjp",
     "dtype_name",

@@ -138,6 +138,18 @@ class Transport(Protocol):
 
 
 @runtime_checkable
+class Reducing(Transport, Protocol):
+    """A transport that reduces one small array of each rank in one step; others let the arrays visit all ranks."""
+
+    def reduce(self, x: Array, combine: Callable[[Array, Array], Array]) -> Array | None:
+        """``combine`` of all ranks' arrays, neighbours first, in the order of ranks: the same on every rank.
+
+        None, on every rank, for arrays that it does not take. Collective. Raises as `gather` does.
+        """
+        ...
+
+
+@runtime_checkable
 class OneSided(Transport, Protocol):
     """A transport whose ranks can also read each other's published blocks in place."""
 

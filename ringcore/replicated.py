@@ -1,4 +1,4 @@
-"""Sums over all ranks of what each one has of the gradient of a replicated input."""
+"""What every rank of a ring has of something, given to all: gradients of replicated inputs, partials of one query."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ALL = Tile(_ONE, _ONE, _ONE, _ONE, _ONE, (range(1),), (range(1),))
 
 
 @cache
-def sum_plans(size: int) -> tuple[Plan, ...]:
+def gather_plans(size: int) -> tuple[Plan, ...]:
     """Every rank's plan where each one's block visits all others, and nothing is carried home."""
     return rotation(size, lambda resident, visitor: (_ALL,))
 
 
-class SumWork:
-    """Adds the arrays of all ranks in the order of ranks, so that every rank gets the same sums, bit for bit.
+class GatherWork:
+    """Takes the arrays of all ranks.
 
     arrays: of equal shapes and dtypes on every rank. They travel as [1, 1, 1, n].
     """
@@ -56,15 +56,14 @@ class SumWork:
         """Never called: nothing is carried."""
         raise NotImplementedError
 
-    def sums(self) -> Blocks:
-        """One sum for each array, in its shape."""
+    def by_rank(self) -> list[Blocks]:
+        """Every rank's arrays, in the order of ranks: what is made of them by turns is the same on all, bit for bit."""
         # Visitors come from the rank itself, the one before it, and so on.
-        in_order = sorted(range(self._size), key=lambda hop: (self._rank - hop) % self._size)
-        columns = zip(*(self._came[hop] for hop in in_order), strict=True)
-        return tuple(
-            namespace(parts[0]).reshape(add_all(parts), shape)
-            for parts, shape in zip(columns, self._shapes, strict=True)
-        )
+        came = [self._came[(self._rank - rank) % self._size] for rank in range(self._size)]
+        return [
+            tuple(namespace(x).reshape(x, shape) for x, shape in zip(block, self._shapes, strict=True))
+            for block in came
+        ]
 
 
 def add_all(parts: Sequence[Array]) -> Array:

@@ -17,7 +17,7 @@ from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
 from ringcore.local import run_local
 from ringcore.partition import shard, unshard
 from ringcore.protocols import OneSided, Transport
-from ringcore.replicated import SumWork, sum_plans
+from ringcore.replicated import GatherWork, add_all, gather_plans
 from ringcore.ring import Work, ring
 from ringcore.schedule import ring_plans
 from ringcore.tiling import Visibility, tiles_between
@@ -142,28 +142,11 @@ class ProcessSession:
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run this rank's loop."""
         (work,) = works
-        return [self._run(self.deal.plans, work)]
+        return [run_plans(self.transport, self.deal.plans, work)]
 
     def sum_over_ranks(self, arrays: Blocks) -> Blocks:
         """Every rank's arrays visit all others, which add them in the order of ranks."""
-        transport = self.transport
-        if transport.size == 1:
-            return arrays
-        work = SumWork(arrays, transport.rank, transport.size)
-        self._run(sum_plans(transport.size), work)
-        return work.sums()
-
-    def _run(self, plans: tuple[Plan, ...], work: Work) -> Blocks | None:
-        """Run this rank's loop; blocks of ranks that share memory are read in place."""
-        transport, plan = self.transport, plans[self.transport.rank]
-        loop = ring(plan, work)
-        if transport.size > 1 and _is_one_sided(type(transport)):
-            reader = cast(OneSided, transport)
-            if _published(reader, plans, work):
-                result = run_rank(loop, InPlace(reader, plan))
-                reader.retire()
-                return result
-        return run_rank(loop, transport)
+        return tuple(map(add_all, zip(*gathered(self.transport, arrays), strict=True)))
 
     def check(self, check: Callable[[], None], name: str) -> None:
         """Run the check on every rank and agree that it passed."""
@@ -182,6 +165,28 @@ class ProcessSession:
         except BaseException as error:
             self.transport.abort(error)
             raise
+
+
+def gathered(transport: Transport, arrays: Blocks) -> list[Blocks]:
+    """Every rank's arrays, which are alike, in the order of ranks."""
+    if transport.size == 1:
+        return [arrays]
+    work = GatherWork(arrays, transport.rank, transport.size)
+    run_plans(transport, gather_plans(transport.size), work)
+    return work.by_rank()
+
+
+def run_plans(transport: Transport, plans: tuple[Plan, ...], work: Work) -> Blocks | None:
+    """Run this rank's loop; blocks of ranks that share memory are read in place."""
+    plan = plans[transport.rank]
+    loop = ring(plan, work)
+    if transport.size > 1 and _is_one_sided(type(transport)):
+        reader = cast(OneSided, transport)
+        if _published(reader, plans, work):
+            result = run_rank(loop, InPlace(reader, plan))
+            reader.retire()
+            return result
+    return run_rank(loop, transport)
 
 
 def _published(transport: OneSided, plans: tuple[Plan, ...], work: Work) -> bool:

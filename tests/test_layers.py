@@ -50,7 +50,7 @@ LAYERS = {
         "session",
         "work",
     ),
-    5: ("__init__", "api", "cli", "dilated", "explanation"),
+    5: ("__init__", "api", "cli", "decoding", "dilated", "explanation"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 PORTABLE = {"array_api_compat"}  # what layers 1 to 4 may import besides the standard library

@@ -177,6 +177,11 @@ def give_up(sends: list[Any], receives: list[Any], buffers: Any) -> None:
         _abandoned.append((unfinished, buffers))
 
 
+def keep(*objects: Any) -> None:
+    """Keep what MPI may still touch alive, for ever."""
+    _abandoned.append(objects)
+
+
 def give_way() -> None:
     """Let another process or thread have the core."""
     if hasattr(os, "sched_yield"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from ringcore import Blocks, KeywordError, Move, RingTimeout, Spec, TransportError
@@ -20,6 +21,7 @@ from ringcore_mpi.line import FIRST_BLOCK_TAG, Line, give_way
 from ringcore_mpi.messages import KINDS, Exchange
 from ringcore_mpi.places import find_places
 from ringcore_mpi.progress import Progress, has_free_core, threads_allowed
+from ringcore_mpi.reduction import reduced
 from ringcore_mpi.sharing import Sharing
 
 
@@ -70,7 +72,7 @@ class MpiTransport:
         self._line.crowded = self.sharers > len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else True
         wanted = has_free_core(self.sharers) if progress is None else progress
         self._progress = Progress() if wanted and threads_allowed() and self.size > 1 else None
-        self.messages_sent = self.bytes_sent = self.bytes_published = 0
+        self.messages_sent = self.bytes_sent = self.bytes_published = self.reductions = 0
         self._closed = False
         at_exit(self._stop_thread)
 
@@ -111,6 +113,14 @@ class MpiTransport:
             self.messages_sent += under_way.messages
             self.bytes_sent += under_way.bytes
             return under_way
+
+    def reduce(self, x: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """``combine`` of all ranks' x in the order of ranks, by one reduction of MPI's; None if x is not NumPy's."""
+        if not isinstance(x, np.ndarray):
+            return None
+        with self._line.operation("reduce"):
+            self.reductions += 1
+            return reduced(self._line, np.ascontiguousarray(x), combine)
 
     def abort(self, error: BaseException) -> None:
         """Tell every peer that this rank failed; the ring is of no use afterwards."""

@@ -531,4 +531,20 @@ MUTANTS = (
         "tests/test_resumption.py",
         "sinks_count",
     ),
+    Mutant(
+        "sinks of every rank in decoding",
+        "ringcore/decoding.py",
+        " if rank == 0 else None",
+        "",
+        "tests/test_decode.py",
+        "whole_cache and sinks",
+    ),
+    Mutant(
+        "new queries at the end of the buffer",
+        "ringcore/decoding.py",
+        "tuple(limit - rows for limit in limits)",
+        "tuple(keys - rows for limit in limits)",
+        "tests/test_decode.py",
+        "whole_cache and window",
+    ),
 )

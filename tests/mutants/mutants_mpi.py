@@ -145,4 +145,13 @@ MUTANTS = (
         tests="tests/mpi/world/test_mpi_gaps.py",
         ranks=2,
     ),
+    Mutant(
+        "partials reduced in another order than that of ranks",
+        "adapters/ringcore_mpi/reduction.py",
+        "upper[...] = combine(lower, upper)",
+        "upper[...] = combine(upper, lower)",
+        "tests/mpi/world/test_mpi_decode.py",
+        "in_the_order",
+        ranks=3,
+    ),
 )

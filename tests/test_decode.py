@@ -1,0 +1,102 @@
+"""Decoding: new queries over a cache whose positions are dealt to ranks, against dense attention."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from given import refused, torch
+
+import ringcore
+from ringcore import KeywordError, LayoutError, UnsupportedError, decode_attention
+
+sys.path.append(str(Path(__file__).parent / "conformance"))
+
+from oracle import dense
+
+BATCH, HEADS, KEY_HEADS, ROOM = 2, 4, 2, 23
+RNG = np.random.default_rng(5)
+K, V = (RNG.standard_normal((BATCH, KEY_HEADS, ROOM, width)) for width in (6, 5))
+CALLS = {
+    "full": {},
+    "growing": {"key_lengths": [17, 4]},
+    "an entry with its queries alone": {"key_lengths": [3, 9]},
+    "window": {"key_lengths": [20, 11], "window": (4, 0)},
+    "softcap and scale": {"softcap": 1.5, "scale": 0.7, "key_lengths": [20, 11]},
+    "not causal": {"causal": False, "key_lengths": [20, 11]},
+    "at other positions": {"query_offset": [5, 0]},
+    "sinks": {"sinks": RNG.standard_normal(HEADS), "key_lengths": [9, 23]},
+}
+
+
+def expected(q, keywords):
+    """out and lse, by attention over the whole cache."""
+    rows = q.shape[2]
+    lengths = keywords.get("key_lengths", [ROOM] * BATCH)
+    offsets = keywords.get("query_offset", [length - rows for length in lengths])
+    truth = dense(
+        q,
+        K,
+        V,
+        {"causal": True, **keywords, "query_offset": offsets},
+        np.zeros((*q.shape[:3], 5)),
+        np.zeros(q.shape[:3]),
+    )
+    return truth.out, truth.lse
+
+
+def poisoned(x, lengths):
+    """What is not filled holds NaN."""
+    x = x.copy()
+    for entry, length in enumerate(lengths):
+        x[entry, :, length:] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "reference"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("name", CALLS)
+def test_it_is_attention_over_the_whole_cache(name, layout, rows, kernels):
+    keywords = CALLS[name]
+    q = np.random.default_rng(rows).standard_normal((BATCH, HEADS, rows, 6))
+    due, due_lse = expected(q, keywords)
+    k, v = (poisoned(x, keywords.get("key_lengths", [ROOM] * BATCH)) for x in (K, V))
+    for size in range(1, 9):
+        out, lse = decode_attention(q, k, v, ring_size=size, layout=layout, kernels=kernels, **keywords)
+        np.testing.assert_allclose(out, due, atol=1e-12)
+        np.testing.assert_allclose(lse, due_lse, atol=1e-12)
+
+
+def test_a_cache_that_grows_gives_what_the_whole_sequence_does():
+    q = RNG.standard_normal((BATCH, HEADS, ROOM, 6))
+    due = ringcore.ring_attention(q, K, V, causal=True)
+    for length in range(1, ROOM + 1):
+        new = slice(length - 1, length)
+        out, _ = decode_attention(q[:, :, new], K, V, key_lengths=[length] * BATCH, ring_size=4, layout="striped")
+        np.testing.assert_allclose(out, due[:, :, new], atol=1e-12)
+
+
+def test_axes_and_half_types():
+    q = RNG.standard_normal((BATCH, HEADS, 2, 6))
+    due, _ = expected(q, {})
+    swapped = [np.swapaxes(x, 1, 2).astype("float16") for x in (q, K, V)]
+    out, lse = decode_attention(*swapped, axes="bshd", ring_size=3)
+    assert (out.dtype, lse.dtype) == (np.float16, np.float32)
+    np.testing.assert_allclose(np.swapaxes(out, 1, 2).astype(float), due, atol=5e-3)
+
+
+def test_torch_tensors():
+    t = torch()
+    q = RNG.standard_normal((BATCH, HEADS, 1, 6))
+    out, _ = decode_attention(*(t.from_numpy(x) for x in (q, K, V)), ring_size=3, layout="striped")
+    np.testing.assert_allclose(out.numpy(), expected(q, {})[0], atol=1e-12)
+    leaf = t.from_numpy(q).requires_grad_()
+    refused(lambda: decode_attention(leaf, *map(t.from_numpy, (K, V))), UnsupportedError, ["q requires grad"])
+
+
+def test_bad_input():
+    q = np.zeros((BATCH, HEADS, 3, 6))
+    refused(lambda: decode_attention(q, K, V, key_lengths=[5, 30]), KeywordError, ["30 for batch entry 1", "only 23"])
+    refused(lambda: decode_attention(q, K, V, key_lengths=[5, 2]), KeywordError, ["q has 3 rows", "entry 1 has 2 keys"])
+    refused(lambda: decode_attention(q, K, V, layout="auto"), LayoutError, ["a cache lies where it was written"])
