@@ -1,6 +1,6 @@
 """Plans of features that come later, made of the values and the schedule of today.
 
-They are here to show that visiting queries and rings of rings need nothing but other plans.
+They are here to show that visiting queries, decoding and rings of rings need nothing but other plans.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import product
 from ringcore.layout import Layout
 from ringcore.schedule import Visit, journeys, rotation
 from ringcore.tiling import Visibility, tiles_between
-from ringcore.values import Plan, Tile
+from ringcore.values import Move, Plan, Step, Tile
 
 
 def visiting_query_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
@@ -20,6 +20,22 @@ def visiting_query_plans(q_layout: Layout, k_layout: Layout, visibility: Visibil
         q_layout.size,
         lambda resident, visitor: tiles_between(q_layout.shards[visitor], k_layout.shards[resident], visibility),
     )
+
+
+def decode_plans(queries: int, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
+    """Every rank has all of q, so nothing visits; every rank's partial goes to every other."""
+
+    def plan(rank: int) -> Plan:
+        others = [(rank + hop) % k_layout.size for hop in range(1, k_layout.size)]
+        step = Step(
+            block=rank,
+            tiles=tiles_between((range(queries),), k_layout.shards[rank], visibility),
+            carry_out=tuple(Move(peer, peer) for peer in others),
+            drops=(rank,),
+        )
+        return Plan(rank, k_layout.size, (step,), home=tuple(Move(peer, rank) for peer in sorted(others)))
+
+    return tuple(plan(rank) for rank in range(k_layout.size))
 
 
 def double_ring_plans(hosts: int, q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:

@@ -1,11 +1,16 @@
 """Plans of later features, as they will be: exact, exchanged soundly, and run by the one loop as it is."""
 
+from dataclasses import replace
+
 import pytest
 from checking import SIZES, check
+from counting import at_home, loops_of
 from deals import DEALS, deals, layouts, problem, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from later import double_ring_plans, visiting_query_plans
+from later import decode_plans, double_ring_plans, visiting_query_plans
+from lockstep import walk
+from pairs import computed
 
 import ringcore
 
@@ -19,6 +24,29 @@ def test_visiting_queries(name, sight):
         dealt = deals(name, 5, 17, size)
         seen = visibility(keys=17, **sight)
         check(problem(*dealt, seen, visitor="q"), visiting_query_plans(*dealt, seen))
+
+
+# Decoding: every rank has all queries and some keys; nothing visits, and every rank ends with everything.
+
+
+@pytest.mark.parametrize(
+    "sight", [{}, {"causal": True, "offsets": (9, 12)}, {"key_limits": (4, 0)}, {"window": (3, 3), "offsets": (9, 7)}]
+)
+@pytest.mark.parametrize("name", ["contiguous", "striped", "uneven", "mixed"])
+def test_decoding(name, sight):
+    for size in range(1, 9):
+        _, k_layout = deals(name, 13, 13, size)
+        seen = visibility(**sight)
+        plans = decode_plans(2, k_layout, seen)
+        case = problem(k_layout, k_layout, seen, visitor="q")
+        case = replace(case, rows=(range(2),) * size)
+        due = case.defined()
+        assert computed(case, plans) == due
+        trace = walk(plans)
+        assert trace.sent.total() == 0
+        assert list(trace.owned) == [{(rank, rank): 1 for rank in range(size)}] * size
+        for results in loops_of(case, plans, carries=True, reuses=False):
+            assert [at_home(*result) for result in results] == [due] * size
 
 
 # Double rings: around the ranks of one host, then on to the next host.

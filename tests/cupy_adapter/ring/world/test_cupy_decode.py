@@ -10,6 +10,7 @@ from ringcore_cupy import CupyTransport
 CARRIERS = ("ipc", "nccl", "host")
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("name", CALLS)
 def test_decoding(host, carrier, name):
@@ -17,3 +18,4 @@ def test_decoding(host, carrier, name):
     for rows in (1, 3):
         bits = check(ring, "striped", name, rows, cupy.asarray, cupy.asnumpy)
         assert len(set(MPI.COMM_WORLD.allgather(bits))) == 1
+    ring.close()
