@@ -34,7 +34,7 @@ MUTANTS = (
     Mutant(
         "send buffer overwritten in flight: window of the caller's own arrays",
         "ringcore/session.py",
-        "                reader.retire()\n",
+        "            reader.retire()\n",
         "",
         f"{WORLD}/test_mpi_in_flight.py",
         "allocated",
