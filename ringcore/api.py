@@ -151,9 +151,9 @@ def attend(
     prepared = call.prepare(inputs, further)
     if partial is not None:
         prepared.resume(partial)
-    result = prepared.forward(keep_wide=bool(return_partial))
     if return_partial:
-        return result.partial(prepared.arguments.score)
+        return prepared.partial()
+    result = prepared.forward()
     out = swap_axes(result.out, call.axes)
     return (out, result.lse) if return_lse else out
 

@@ -88,8 +88,7 @@ def loads(plans: Sequence[Plan], launch: int = LAUNCH) -> list[int]:
 
 
 def _work(tiles: Sequence[Tile], heads: int, launch: int) -> int:
-    shares = (len(range(tile.q_heads.start, tile.q_heads.stop, tile.q_heads.step or 1)) for tile in tiles)
-    return sum((pairs(tile) + launch) * share for tile, share in zip(tiles, shares, strict=True)) // heads
+    return sum((pairs(tile) + launch) * tile.heads for tile in tiles) // heads
 
 
 def pairs(tile: Tile) -> int:

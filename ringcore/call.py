@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -33,7 +32,7 @@ from ringcore.positions import Mask
 from ringcore.protocols import Kernels, Transport
 from ringcore.replicated import add_all
 from ringcore.session import LocalSession, ProcessSession, Session, split_term
-from ringcore.values import Array, Blocks, Score, Tile, namespace
+from ringcore.values import Array, Blocks, Tile, namespace
 from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 
 Further = TypeVar("Further")
@@ -226,12 +225,6 @@ class Result:
     maximum: Array
     total: Array
 
-    def partial(self, score: Score) -> Partial:
-        """The same before the division, for more keys to come; ``wide`` must have been kept."""
-        xp = namespace(self.wide)
-        seen = (self.maximum != -math.inf) & (self.total != 0)
-        return Partial(self.wide * xp.where(seen, self.total, 0.0)[..., None], self.maximum, self.total, score)
-
     @property
     def lse(self) -> Array:
         """[B, H, S], natural log."""
@@ -278,6 +271,16 @@ class Prepared:
         """Run the ring. keep_wide: ``wide`` of the result is in the accumulation dtype, which `backward` reads."""
         with self.session.guarded():
             return self._forward(keep_wide)
+
+    def partial(self) -> Partial:
+        """Run the ring; what these queries saw, before the division."""
+        session = self.session
+        with session.guarded():
+            session.run(self._works)
+            found = [work.partial() for work in self._works]
+            columns = zip(*((part.weighted, part.maximum, part.total) for part in found), strict=True)
+            weighted, maximum, total = (session.join(x, session.deal.q_layout) for x in columns)
+            return Partial(weighted, maximum, total, self.arguments.score)
 
     def backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
         """The gradients of the names in ``wrt``, given those of out (caller's axes) and of lse."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from ringcore.agreement import Note, agree, common_of
 from ringcore.arguments import Arguments, Inputs, check_columns, check_detached, swap_axes, within_range
-from ringcore.call import Call, Result
+from ringcore.call import Call
 from ringcore.discovery import find_arithmetic, find_transport
 from ringcore.errors import KeywordError, LayoutError, TransportError
 from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
 from ringcore.merge import merge
-from ringcore.partial import Partial, accumulation_dtype
+from ringcore.partial import Partial
 from ringcore.partition import shard
 from ringcore.protocols import Kernels, Reducing, Transport
 from ringcore.session import gathered
@@ -163,5 +163,4 @@ def _partial(
         arithmetic=find_arithmetic(q),
     )  # fmt: skip
     work.visit((k, v), tiles_between((range(q.shape[2]),), layout.shards[rank], seen))
-    result = Result(q, *work.finish(accumulation_dtype(q)))
-    return result.partial(arguments.score)
+    return work.partial()

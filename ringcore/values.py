@@ -115,6 +115,11 @@ class Tile:
             yield part, slice(first_row, first_row + part.height), slice(first_column, first_column + part.width)
 
     @property
+    def heads(self) -> int:
+        """How many heads of q the tile has."""
+        return len(range(self.q_heads.start, self.q_heads.stop, self.q_heads.step or 1))
+
+    @property
     def height(self) -> int:
         """How many rows of q the tile has."""
         return sum(map(len, self.row_positions))

@@ -148,6 +148,12 @@ class ForwardWork:
         """Never called: nothing is carried."""
         raise NotImplementedError
 
+    def partial(self) -> Partial:
+        """What q's rows saw so far, before the division, in the accumulation dtype; from now on the caller's alone."""
+        state, last, self.state, self.last = self.state, self.last, None, None
+        state = state or empty_partial(self.q, self.v.shape[-1])
+        return (state if last is None else self.arithmetic.merge_rows(state, *last)).widened
+
     def finish(self, dtype: Any) -> tuple[Array, Array, Array]:
         """Of q's rows over all keys that visited: out [B, H, S, E] in ``dtype``, maximum and total [B, H, S].
 

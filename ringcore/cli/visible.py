@@ -45,8 +45,7 @@ def pairs_of_tiles(tiles: Iterable[Tile]) -> int:
     total = 0
     for tile in tiles:
         entries = tile.batch.stop - tile.batch.start
-        heads = len(range(tile.q_heads.start, tile.q_heads.stop, tile.q_heads.step or 1))
-        total += entries * heads * int(pairs_in_band(tile.band, tile.height, tile.width).sum())
+        total += entries * tile.heads * int(pairs_in_band(tile.band, tile.height, tile.width).sum())
     return total
 
 
