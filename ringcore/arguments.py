@@ -135,7 +135,7 @@ def check_arguments(
     if getattr(inputs.alibi, "requires_grad", False) is True:
         raise UnsupportedError("alibi requires grad, but no gradient of its slopes is made. Give it detached.")
     batch = q.shape[0]
-    offsets = tuple(integers_of_entries("query_offset", query_offset, batch, one_for_all=True))
+    offsets = check_offsets(query_offset, batch)
     if mask_of is not None:
         _try_mask(mask_of, q, swap_axes(inputs.k, axes), offsets)
     return Arguments(
@@ -145,7 +145,7 @@ def check_arguments(
         causal=bool(causal),
         window=check_window(window, bool(causal)),
         offsets=offsets,
-        key_lengths=None if key_lengths is None else _key_lengths(key_lengths, batch),
+        key_lengths=None if key_lengths is None else check_key_lengths(key_lengths, batch),
         documents=_checked_documents(read_documents(documents, cu_seqlens), batch),
         q_layout=layout if q_layout is None else q_layout,
         k_layout=layout if k_layout is None else k_layout,
@@ -452,7 +452,13 @@ def _checked_documents(documents: Documents | None, batch: int) -> Documents | N
     return documents
 
 
-def _key_lengths(key_lengths: Any, batch: int) -> tuple[int, ...]:
+def check_offsets(query_offset: Any, batch: int) -> tuple[int, ...]:
+    """The position of q's first row for each batch entry; raises KeywordError."""
+    return tuple(integers_of_entries("query_offset", query_offset, batch, one_for_all=True))
+
+
+def check_key_lengths(key_lengths: Any, batch: int) -> tuple[int, ...]:
+    """How many keys each batch entry has; raises KeywordError."""
     lengths = tuple(integers_of_entries("key_lengths", key_lengths, batch, one_for_all=False))
     if min(lengths, default=0) < 0:
         raise KeywordError(f"key_lengths is {list(lengths)}; a number of keys is 0 or more.")

@@ -83,18 +83,18 @@ class Call:
         ``further`` checks what came beside these arguments. Raises the errors of `ringcore.errors`.
         """
         if self.ring is None:
-            known = self._about(self._remembered(None), inputs)
+            known = self.about(self.remembered(None), inputs)
             arguments = known.arguments.about(inputs)
             further(arguments)
             if known.local is None:
                 known.local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
             return Prepared(arguments, known.local, known.kernels)
         transport = find_transport(self.ring, like=inputs.q)
-        remembered = self._remembered(find_transport(self.ring))
+        remembered = self.remembered(find_transport(self.ring))
 
         def check() -> tuple[tuple[Arguments, Known], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
-            known = self._about(remembered, inputs)
+            known = self.about(remembered, inputs)
             arguments = known.arguments.about(inputs)
             further(arguments)
             if transport.size > 1:
@@ -127,7 +127,7 @@ class Call:
         with session.guarded():
             return Prepared(arguments, session, known.kernels)
 
-    def _remembered(self, transport: Transport | None) -> dict[Any, Known]:
+    def remembered(self, transport: Transport | None) -> dict[Any, Known]:
         """What calls with equal keywords on the same ring found out, as long as it lives."""
         if self.known is not None:
             return self.known
@@ -150,7 +150,7 @@ class Call:
             known.clear()
         return known.setdefault(key, {})
 
-    def _about(self, remembered: dict[Any, Known], inputs: Inputs) -> Known:
+    def about(self, remembered: dict[Any, Known], inputs: Inputs) -> Known:
         """What holds for arrays of these types, shapes, dtypes and devices: found out once, if it is remembered."""
         try:
             signature = tuple(map(_signature, inputs))

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ringcore.agreement import Note, agree, common_of
-from ringcore.arguments import Arguments, Inputs, check_columns, check_detached, swap_axes, within_range
-from ringcore.call import Call
+from ringcore.arguments import (
+    Arguments,
+    Inputs,
+    check_columns,
+    check_detached,
+    check_key_lengths,
+    check_offsets,
+    swap_axes,
+    within_range,
+)
+from ringcore.call import Call, Known
 from ringcore.discovery import find_arithmetic, find_transport
 from ringcore.errors import KeywordError, LayoutError, TransportError
 from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
-from ringcore.merge import merge
-from ringcore.partial import Partial
-from ringcore.partition import shard
+from ringcore.local import run_local
+from ringcore.merge import fields, merge, merge_stacked
+from ringcore.partial import Partial, dtype_name
+from ringcore.partition import shard, unshard
 from ringcore.protocols import Kernels, Reducing, Transport
-from ringcore.session import gathered
+from ringcore.ring import ring as ring_loop
+from ringcore.schedule import query_plans, ring_plans, rows_moved
+from ringcore.session import gathered, run_plans
 from ringcore.tiling import Visibility, tiles_between
-from ringcore.values import Array, namespace
+from ringcore.values import Array, Blocks, Plan, namespace
+from ringcore.visiting_queries import QueryWork, partial_of
 from ringcore.work import ForwardWork
+
+_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 
 
 def decode_attention(
@@ -37,16 +53,20 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Array | None = None,
     layout: str | Layout = "contiguous",
+    q_layout: str | Layout | None = None,
     axes: str = "bhsd",
     kernels: Kernels | str | None = None,
 ) -> tuple[Array, Array]:
     """Attention of the last queries of sequences whose keys and values are dealt to the ranks of a ring.
 
-    Nothing visits: each rank computes with its own keys, and the partials, a few numbers for each query and head, go to
-    all, which merge them in the order of ranks. So every rank gets the same out and lse, bit for bit.
+    If every rank has all queries, nothing visits: each rank computes with its own keys, and the partials, a few numbers
+    for each query and head, go to all, which merge them in the order of ranks. So every rank gets the same out and lse,
+    bit for bit. If queries are dealt to the ranks too, either they visit and their partials are carried home, or k and
+    v visit as in `ring_attention`: whichever moves fewer bytes, counted on the plans.
 
-    Shapes: ``q`` [B, H, S, D], the same on every rank; ``k`` [B, Hk, T, D] and ``v`` [B, Hk, T, E], with ``ring`` this
-    rank's part of the cache, else all of it. Returns ``(out, lse)``, out like q with v's width, lse [B, H, S].
+    Shapes: ``q`` [B, H, S, D], the same on every rank, or with ``q_layout`` and ``ring`` this rank's rows; ``k``
+    [B, Hk, T, D] and ``v`` [B, Hk, T, E], with ``ring`` this rank's part of the cache, else all of it. Returns
+    ``(out, lse)``, out like q with v's width, lse [B, H, S].
 
     Keywords:
         key_lengths: for each batch entry how many positions of the cache are filled, over all ranks; all if None. What
@@ -55,53 +75,101 @@ def decode_attention(
             positions that are filled.
         layout: which rank holds which positions of the cache, of whose length the ranks' parts are together. "striped"
             deals each new position to the next rank, so that a cache grows evenly.
+        q_layout: which rank holds which rows of q; None: every rank has all.
         causal: as in `ring_attention`, but True if not given: new queries see each other in order.
         ring, ring_size, window, scale, softcap, sinks, axes, kernels: as in `ring_attention`.
 
     It has no gradients. Raises the errors of `ringcore.errors`, on every rank, before any tensor data is sent.
     """
+    # What changes from token to token is no part of the call, which remembers what it found out.
     call = Call(
         "decode_attention", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
-        query_offset=0 if query_offset is None else query_offset, key_lengths=key_lengths, layout=layout, axes=axes,
-        kernels=kernels,
+        query_offset=0, key_lengths=None, layout=layout, q_layout=q_layout, axes=axes, kernels=kernels,
     )  # fmt: skip
-    inputs, last = Inputs.of(q, k, v, sinks=sinks), query_offset is None
-    whole = _in_this_process(call, inputs, last) if ring is None else _on_this_rank(call, inputs, last)
-    xp = namespace(q)
-    return swap_axes(xp.astype(whole.out, q.dtype, copy=False), axes), whole.lse
+    inputs, filled = Inputs.of(q, k, v, sinks=sinks), Filled(key_lengths, query_offset)
+    whole = (_in_this_process if ring is None else _on_this_rank)(call, inputs, filled)
+    arithmetic = find_arithmetic(q)
+    out, maximum, total = arithmetic.finished(whole, q.dtype)
+    return swap_axes(out, axes), arithmetic.finished_lse(maximum, total, -math.inf)
 
 
-def _in_this_process(call: Call, inputs: Inputs, last: bool) -> Partial:
-    arguments, kernels = _checked(call, inputs)
-    keys, size = arguments.k.shape[2], call.ring_size or 1
-    layout = resolve_layout(arguments.k_layout, keys, size, "k")
-    seen = _visibility(arguments, keys, last)
+class Filled(NamedTuple):
+    """How far the cache is filled, and where the queries are in it, as the caller said."""
 
-    def partial(rank: int) -> Partial:
-        k, v = (shard(x, layout, rank, size) for x in (arguments.k, arguments.v))
-        return _partial(arguments, kernels, k, v, layout, seen, rank)
+    key_lengths: Any
+    query_offset: Any
 
-    return reduce(merge, map(partial, range(size)))
+    def of(self, arguments: Arguments) -> Arguments:
+        """The arguments with these."""
+        batch = len(arguments.offsets)
+        offset = 0 if self.query_offset is None else self.query_offset
+        return replace(
+            arguments,
+            offsets=check_offsets(offset, batch),
+            key_lengths=None if self.key_lengths is None else check_key_lengths(self.key_lengths, batch),
+        )
+
+    def visibility(self, arguments: Arguments, queries: int, keys: int) -> Visibility:
+        """What each query sees, of so many queries and keys over all ranks."""
+        check_columns(arguments, queries, keys)
+        limits, offsets = arguments.key_lengths or (keys,) * len(arguments.offsets), arguments.offsets
+        if self.query_offset is None:
+            offsets = tuple(limit - queries for limit in limits)
+            if min(offsets, default=0) < 0:
+                raise KeywordError(
+                    f"q has {queries} rows, but batch entry {offsets.index(min(offsets))} has {min(limits)} keys, its "
+                    "own among them. Write the keys of new positions before they are asked for, or give query_offset."
+                )
+        return Visibility(
+            causal=arguments.causal, window=arguments.window, offsets=offsets, key_limits=limits,
+            heads=arguments.q.shape[1], key_heads=arguments.k.shape[1],
+        )  # fmt: skip
 
 
-def _on_this_rank(call: Call, inputs: Inputs, last: bool) -> Partial:
+def _in_this_process(call: Call, inputs: Inputs, filled: Filled) -> Partial:
+    arguments, kernels = _checked(call, call.remembered(None), inputs, filled)
+    (queries, keys), size = (x.shape[2] for x in (arguments.q, arguments.k)), call.ring_size or 1
+    k_layout = resolve_layout(arguments.k_layout, keys, size, "k")
+    q_layout = None if call.q_layout is None else resolve_layout(call.q_layout, queries, size, "q")
+    seen = filled.visibility(arguments, queries, keys)
+    ks, vs = ([shard(x, k_layout, rank, size) for rank in range(size)] for x in (arguments.k, arguments.v))
+    if q_layout is None:
+        every = (_own(arguments, kernels, ks[rank], vs[rank], k_layout, seen, rank) for rank in range(size))
+        return _stacked([_packed(part) for part in every]) if size > 1 else next(every)
+    plans, make = _travels(arguments, kernels, q_layout, k_layout, seen)
+    works = [make(shard(arguments.q, q_layout, rank, size), ks[rank], vs[rank]) for rank in range(size)]
+    came = run_local([ring_loop(plan, work) for plan, work in zip(plans, works, strict=True)])
+    found = [fields(_seen(work, home)) for work, home in zip(works, came, strict=True)]
+    return Partial(*(unshard(parts, q_layout) for parts in zip(*found, strict=True)))
+
+
+def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial:
     transport = find_transport(call.ring, like=inputs.q)
+    remembered = call.remembered(find_transport(call.ring))
     if getattr(transport, "capturing", bool)():
         raise TransportError("decode_attention on a ring cannot be captured in a graph: the ranks agree on each call.")
 
     def check() -> tuple[tuple[Arguments, Kernels], Note]:
-        arguments, kernels = _checked(call, inputs)
+        arguments, kernels = _checked(call, remembered, inputs, filled)
         if transport.size > 1:
             transport.check(arguments.q, arguments.k, arguments.v)
         rows, keys = arguments.q.shape[2], arguments.k.shape[2]
-        further = {"rows of q, which every rank must have": rows, "whether query_offset is given": not last}
+        further: dict[str, Any] = {"whether query_offset is given": filled.query_offset is not None}
+        further["rows of q, which every rank must have"] = rows if call.q_layout is None else "dealt"
         return (arguments, kernels), Note(common_of(call.name, arguments, **further), (rows, keys))
 
     (arguments, kernels), agreed = agree(transport, check)
-    layout = layout_of_lengths(arguments.k_layout, agreed.k_lengths, "k")
-    seen = _visibility(arguments, sum(agreed.k_lengths), last)
+    k_layout = layout_of_lengths(arguments.k_layout, agreed.k_lengths, "k")
+    q_layout = None if call.q_layout is None else layout_of_lengths(call.q_layout, agreed.q_lengths, "q")
+    queries = arguments.q.shape[2] if q_layout is None else q_layout.length
+    seen = filled.visibility(arguments, queries, k_layout.length)
     try:
-        return _merged(transport, _partial(arguments, kernels, arguments.k, arguments.v, layout, seen, transport.rank))
+        if q_layout is None:
+            own = _own(arguments, kernels, arguments.k, arguments.v, k_layout, seen, transport.rank)
+            return _merged(transport, own)
+        plans, make = _travels(arguments, kernels, q_layout, k_layout, seen)
+        work = make(arguments.q, arguments.k, arguments.v)
+        return _seen(work, run_plans(transport, plans, work))
     except BaseException as error:  # such as too little memory, for which the others would wait
         transport.abort(error)
         raise
@@ -109,12 +177,14 @@ def _on_this_rank(call: Call, inputs: Inputs, last: bool) -> Partial:
 
 def _merged(transport: Transport, own: Partial) -> Partial:
     """All ranks' partials as one: by a reduction, where the transport has any, else each rank merges all of them."""
-    if transport.size > 1 and isinstance(transport, Reducing):
-        came = transport.reduce(_packed(own), lambda lower, upper: _packed(merge(_unpacked(lower), _unpacked(upper))))
+    if transport.size == 1:
+        return own
+    packed = _packed(own)
+    if isinstance(transport, Reducing):
+        came = transport.reduce(packed, lambda lower, upper: _packed(merge(_unpacked(lower), _unpacked(upper))))
         if came is not None:
             return _unpacked(came)
-    parts = gathered(transport, (own.weighted, own.maximum, own.total))
-    return reduce(merge, (Partial(*part) for part in parts))
+    return _stacked([part for (part,) in gathered(transport, (packed,))])
 
 
 def _packed(partial: Partial) -> Array:
@@ -127,35 +197,23 @@ def _unpacked(x: Array) -> Partial:
     return Partial(x[..., :-2], x[..., -2], x[..., -1])
 
 
-def _checked(call: Call, inputs: Inputs) -> tuple[Arguments, Kernels]:
-    if call.layout == AUTO:
-        raise LayoutError('layout is "auto", but a cache lies where it was written. Give the layout that it has.')
-    arguments, kernels, _ = call.choose(inputs)
+def _stacked(packed: Sequence[Array]) -> Partial:
+    return merge_stacked(_unpacked(namespace(packed[0]).stack(packed)))
+
+
+def _checked(call: Call, remembered: dict[Any, Known], inputs: Inputs, filled: Filled) -> tuple[Arguments, Kernels]:
+    for name, layout in (("layout", call.layout), ("q_layout", call.q_layout)):
+        if layout == AUTO:
+            raise LayoutError(f'{name} is "auto", but a cache lies where it was written. Give the layout that it has.')
+    known = call.about(remembered, inputs)
     check_detached(q=inputs.q, k=inputs.k, v=inputs.v, sinks=inputs.sinks)
-    return arguments, kernels
+    return filled.of(known.arguments.about(inputs)), known.kernels
 
 
-def _visibility(arguments: Arguments, keys: int, last: bool) -> Visibility:
-    """What each query sees; ``last``: q's rows are the last of the positions that are filled."""
-    rows, batch = arguments.q.shape[2], len(arguments.offsets)
-    limits = arguments.key_lengths or (keys,) * batch
-    check_columns(arguments, rows, keys)
-    offsets = tuple(limit - rows for limit in limits) if last else arguments.offsets
-    if last and min(offsets, default=0) < 0:
-        raise KeywordError(
-            f"q has {rows} rows, but batch entry {offsets.index(min(offsets))} has {min(limits)} keys, its own among "
-            "them. Write the keys of new positions before they are asked for, or give query_offset."
-        )
-    return Visibility(
-        causal=arguments.causal, window=arguments.window, offsets=offsets, key_limits=limits,
-        heads=arguments.q.shape[1], key_heads=arguments.k.shape[1],
-    )  # fmt: skip
-
-
-def _partial(
+def _own(
     arguments: Arguments, kernels: Kernels, k: Array, v: Array, layout: Layout, seen: Visibility, rank: int
 ) -> Partial:
-    """What q sees of the keys of one rank; the sinks are the first one's."""
+    """What all of q sees of the keys of one rank; the sinks are the first one's."""
     q = arguments.q
     sinks = within_range(arguments.sinks, q) if rank == 0 else None
     work = ForwardWork(
@@ -164,3 +222,38 @@ def _partial(
     )  # fmt: skip
     work.visit((k, v), tiles_between((range(q.shape[2]),), layout.shards[rank], seen))
     return work.partial()
+
+
+def _travels(
+    arguments: Arguments, kernels: Kernels, q_layout: Layout, k_layout: Layout, seen: Visibility
+) -> tuple[tuple[Plan, ...], Callable[[Array, Array, Array], ForwardWork | QueryWork]]:
+    """The plans that move fewer bytes, of visiting keys and of visiting queries, and what makes their work."""
+    q, k, v = arguments.q, arguments.k, arguments.v
+    of_keys, of_queries = ring_plans(q_layout, k_layout, seen), query_plans(q_layout, k_layout, seen)
+    sinks = within_range(arguments.sinks, q)
+    shared: dict[str, Any] = {
+        "score": arguments.score, "kernels": kernels, "arithmetic": find_arithmetic(q),
+    }  # fmt: skip
+    if bytes_of_queries(of_queries, q_layout, q, v) < bytes_of_keys(of_keys, k_layout, k, v):
+        return of_queries, lambda q, k, v: QueryWork(q, k, v, sinks, lengths=q_layout.lengths, **shared)
+    return of_keys, lambda q, k, v: ForwardWork(q, k, v, None, None, sinks=sinks, lengths=k_layout.lengths, **shared)
+
+
+def bytes_of_keys(plans: Sequence[Plan], layout: Layout, k: Array, v: Array) -> int:
+    """What all ranks send where k and v visit: Hk (D + E) numbers for each row that a plan moves."""
+    visiting, _ = rows_moved(plans, layout)
+    batch, heads, _, width = map(int, k.shape)
+    return visiting * batch * heads * (width + int(v.shape[3])) * _SIZES[dtype_name(k)]
+
+
+def bytes_of_queries(plans: Sequence[Plan], layout: Layout, q: Array, v: Array) -> int:
+    """What all ranks send where q visits: H D numbers for each row, and H (E + 2) of each partial that is carried."""
+    visiting, carried = rows_moved(plans, layout)
+    batch, heads, _, width = map(int, q.shape)
+    size = _SIZES[dtype_name(q)]
+    return batch * heads * (visiting * width * size + carried * (int(v.shape[3]) + 2) * max(4, size))
+
+
+def _seen(work: ForwardWork | QueryWork, home: Blocks | None) -> Partial:
+    """What the rows of a rank saw, once its part in the ring is done."""
+    return partial_of(home or ()) if isinstance(work, QueryWork) else work.partial()

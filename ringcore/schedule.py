@@ -5,7 +5,7 @@ Everything here is plain Python over shapes and keywords; no array is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import product, zip_longest
@@ -39,7 +39,25 @@ def ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tu
     if not visibility.near:
         return around
     straight = halo_plans(q_layout, k_layout, visibility)
-    return min(around, straight, key=lambda plans: _rows_sent(plans, k_layout))
+    return min(around, straight, key=lambda plans: rows_moved(plans, k_layout)[0])
+
+
+def query_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
+    """Every rank's plan where k and v stay, q visits, and what its rows saw is carried home."""
+    return rotation(
+        q_layout.size,
+        lambda resident, visitor: tiles_between(q_layout.shards[visitor], k_layout.shards[resident], visibility),
+    )
+
+
+def rows_moved(plans: Sequence[Plan], layout: Layout) -> tuple[int, int]:
+    """How many rows of visiting blocks all ranks send, and for how many rows accumulators go on or home."""
+
+    def rows(moves: Iterable[Move]) -> int:
+        return sum(layout.lengths[move.block] if move.rows is None else len(move.rows) for move in moves)
+
+    steps = [step for plan in plans for step in plan.steps]
+    return rows(move for step in steps for move in step.sends), rows(move for step in steps for move in step.carry_out)
 
 
 def halo_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
@@ -163,11 +181,6 @@ def journeys(visits: Sequence[Sequence[Visit]], tiles: Tiles) -> tuple[Plan, ...
     return tuple(
         Plan(rank, size, tuple(draft.step() for draft in drafts[rank]), tuple(homes[rank])) for rank in range(size)
     )
-
-
-def _rows_sent(plans: Sequence[Plan], layout: Layout) -> int:
-    moves = (move for plan in plans for step in plan.steps for move in step.sends)
-    return sum(layout.lengths[move.block] if move.rows is None else len(move.rows) for move in moves)
 
 
 def _hull(tiles: Sequence[Tile]) -> range:

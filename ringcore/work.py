@@ -15,6 +15,7 @@ from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
 from ringcore.positions import Mask, alibi_of, blocks, bounded, shown
 from ringcore.protocols import Arithmetic, Kernels
+from ringcore.splitting import forward_in_parts
 from ringcore.values import Array, Blocks, Gradients, Move, Score, Spec, Tile, namespace
 
 _STANDARD = StandardArithmetic()
@@ -60,7 +61,7 @@ class ForwardWork:
 
     def visiting_specs(self, move: Move) -> tuple[Spec, ...]:
         """k and v of the block's owner."""
-        return tuple(_block_spec(x, x.dtype, self.lengths, move) for x in (self.k, self.v))
+        return tuple(block_spec(x, x.dtype, self.lengths, move) for x in (self.k, self.v))
 
     def carried_specs(self, move: Move) -> tuple[Spec, ...]:
         """Nothing: what this work accumulates stays."""
@@ -95,11 +96,17 @@ class ForwardWork:
         if self.state is not None and self.last is not None:
             self.state = self.arithmetic.merge_rows(self.state, *self.last)
             self.last = None
-        part = self._forward(k, v, tile, terms)
+        part = self._in_parts(k, v, tile, terms) or self._forward(k, v, tile, terms)
         if self.state is None:
             self.state = part
         else:
             self.last = row_index(tile), part
+
+    def _in_parts(self, k: Array, v: Array, tile: Tile, terms: Terms) -> Partial | None:
+        rows, keys = row_index(tile), key_index(tile)
+        if any(x is not None for x in terms.values()):
+            return None
+        return forward_in_parts(self.kernels, self.q[rows], k[keys], v[keys], score=self.score, tile=tile)
 
     @property
     def fused(self) -> bool:
@@ -199,7 +206,7 @@ class BackwardWork:
 
     def carried_specs(self, move: Move) -> tuple[Spec, ...]:
         """dk and dv of the block's owner, those of them that are wanted."""
-        return tuple(_block_spec(x, self._carried_dtype(x), self.forward.lengths, move) for x in self._carried())
+        return tuple(block_spec(x, self._carried_dtype(x), self.forward.lengths, move) for x in self._carried())
 
     def visit(self, block: Blocks, tiles: Sequence[Tile]) -> Blocks:
         """Add to dq and dbias; the tiles' shares of dk and dv."""
@@ -356,7 +363,8 @@ class Sum:
         return _zeros(self._like) if self._total is None else self._total
 
 
-def _block_spec(x: Array, dtype: Any, lengths: Sequence[int], move: Move) -> Spec:
+def block_spec(x: Array, dtype: Any, lengths: Sequence[int], move: Move) -> Spec:
+    """What the rows of x's like that move look like, of an owner that has so many."""
     height = lengths[move.block] if move.rows is None else len(move.rows)
     return Spec((*x.shape[:2], height, x.shape[3]), x, dtype)
 

@@ -27,7 +27,12 @@ def check(ring, layout, name, rows, make=lambda x: x, back=lambda x: x):
     if "sinks" in keywords:
         keywords["sinks"] = make(keywords["sinks"])
     mine = (make(np.ascontiguousarray(ringcore.shard(x, layout, ring.rank, ring.size))) for x in (k, v))
+    mine = tuple(mine)
     out, lse = ringcore.decode_attention(make(q), *mine, ring=ring, layout=layout, **keywords)
+    dealt = make(np.ascontiguousarray(ringcore.shard(q, "striped", ring.rank, ring.size)))
+    of_rows = ringcore.decode_attention(dealt, *mine, ring=ring, layout=layout, q_layout="striped", **keywords)
+    for x, whole in zip(of_rows, (due, due_lse), strict=True):
+        np.testing.assert_allclose(back(x), ringcore.shard(whole, "striped", ring.rank, ring.size), atol=1e-12)
     np.testing.assert_allclose(back(out), due, atol=1e-12)
     np.testing.assert_allclose(back(lse), due_lse, atol=1e-12)
     return back(out).tobytes()

@@ -1,6 +1,8 @@
 """Decoding: new queries over a cache whose positions are dealt to ranks, against dense attention."""
 
+import math
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,10 @@ import pytest
 from given import refused, torch
 
 import ringcore
-from ringcore import KeywordError, LayoutError, UnsupportedError, decode_attention
+from ringcore import KeywordError, LayoutError, UnsupportedError, decode_attention, decoding
+from ringcore.schedule import query_plans, ring_plans
+from ringcore.tiling import Visibility
+from ringcore.visiting_queries import QueryWork
 
 sys.path.append(str(Path(__file__).parent / "conformance"))
 
@@ -77,6 +82,52 @@ def test_a_cache_that_grows_gives_what_the_whole_sequence_does():
         np.testing.assert_allclose(out, due[:, :, new], atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 9])
+@pytest.mark.parametrize("layouts", [("contiguous", "striped"), ("zigzag", "contiguous"), ("striped", "zigzag")])
+@pytest.mark.parametrize("name", CALLS)
+def test_queries_that_are_dealt_too(name, layouts, rows, monkeypatch):
+    keywords = CALLS[name]
+    q = np.random.default_rng(rows).standard_normal((BATCH, HEADS, rows, 6))
+    if rows > min(keywords.get("key_lengths", [ROOM])):
+        return
+    due, due_lse = expected(q, keywords)
+    k, v = (poisoned(x, keywords.get("key_lengths", [ROOM] * BATCH)) for x in (K, V))
+    q_layout, layout = layouts
+    for size, queries_visit in product(range(1, 9), (True, False)):
+        monkeypatch.setattr(decoding, "bytes_of_queries", lambda *_, few=queries_visit: -1 if few else 1 << 60)
+        out, lse = decode_attention(q, k, v, ring_size=size, layout=layout, q_layout=q_layout, **keywords)
+        np.testing.assert_allclose(out, due, atol=1e-12)
+        np.testing.assert_allclose(lse, due_lse, atol=1e-12)
+
+
+def test_what_moves_fewer_bytes_visits():
+    """The formula, and that the works move no more and no less."""
+    k_layout = ringcore.resolve_layout("striped", ROOM, 4)
+    seen = Visibility(False, (None, None), (0,) * BATCH, (ROOM,) * BATCH, HEADS, KEY_HEADS)
+    for rows, few in ((4, True), (16, False)):
+        q = np.zeros((BATCH, HEADS, rows, 6))
+        q_layout = ringcore.resolve_layout("contiguous", rows, 4)
+        plans = query_plans(q_layout, k_layout, seen), ring_plans(q_layout, k_layout, seen)
+        of_queries = decoding.bytes_of_queries(plans[0], q_layout, q, V)
+        of_keys = decoding.bytes_of_keys(plans[1], k_layout, K, V)
+        # Each row of q visits three other ranks; its partial goes on from each of them, the last time home.
+        assert of_queries == 3 * rows * BATCH * HEADS * (6 + 5 + 2) * 8
+        assert of_keys == 3 * ROOM * BATCH * KEY_HEADS * (6 + 5) * 8
+        assert (of_queries < of_keys) is few
+        works = [
+            QueryWork(x, K, V, None, score=None, kernels=None, lengths=q_layout.lengths, arithmetic=None)
+            for x in (ringcore.shard(q, q_layout, rank, 4) for rank in range(4))
+        ]
+        sent = sum(
+            sum(math.prod(spec.shape) * 8 for spec in specs(move))
+            for plan, work in zip(plans[0], works, strict=True)
+            for step in plan.steps
+            for moves, specs in ((step.sends, work.visiting_specs), (step.carry_out, work.carried_specs))
+            for move in moves
+        )
+        assert sent == of_queries
+
+
 def test_axes_and_half_types():
     q = RNG.standard_normal((BATCH, HEADS, 2, 6))
     due, _ = expected(q, {})
@@ -100,3 +151,7 @@ def test_bad_input():
     refused(lambda: decode_attention(q, K, V, key_lengths=[5, 30]), KeywordError, ["30 for batch entry 1", "only 23"])
     refused(lambda: decode_attention(q, K, V, key_lengths=[5, 2]), KeywordError, ["q has 3 rows", "entry 1 has 2 keys"])
     refused(lambda: decode_attention(q, K, V, layout="auto"), LayoutError, ["a cache lies where it was written"])
+    refused(lambda: decode_attention(q, K, V, q_layout="auto"), LayoutError, ["q_layout", "a cache lies where"])
+    refused(lambda: decode_attention(q, K, V, q_layout="twisted"), LayoutError, ["q_layout is 'twisted'"])
+    of_four = ringcore.resolve_layout("striped", 4, 2)
+    refused(lambda: decode_attention(q, K, V, q_layout=of_four, ring_size=2), LayoutError, ["deals 4", "q has 3"])

@@ -209,7 +209,13 @@ class ProcessRing:
             term = local.get(name)
             if isinstance(term, np.ndarray) and term.ndim >= 2 and term.shape[-2] not in (1,):
                 local[name] = ringcore.shard(term, dealt[0], group.rank, size, axis=term.ndim - 2)
+        whole = keywords.get("decoded") == "whole" and wrt is None
+        if whole:
+            mine["q"] = arrays["q"]
         result = _call(self.backend, mine, local, axes, wrt, ring=group.ring, **layouts)
+        if whole:
+            rows = (ringcore.shard(x, dealt[0], group.rank, size) for x in result[:2])
+            result = *rows, result[2]
         return self._joined(result, group, dealt, keywords)
 
     def _joined(self, result, group, layouts, keywords):
@@ -373,6 +379,9 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
     attention, with_pullback = ringcore.ring_attention, ringcore.ring_attention_vjp
     if "segment_lengths" in keywords:
         attention, with_pullback = ringcore.dilated_attention, ringcore.dilated_attention_vjp
+    decoded = keywords.pop("decoded", None)
+    if decoded is not None and wrt is None:
+        return _decoded(backend, q, k, v, keywords, decoded == "dealt", given)
     keys = keywords.pop("resumed", None)
     if keys is not None and wrt is None:  # half of the keys first
         half = backend.make(np.arange(keys)[None, :] % 2 == 0)
@@ -389,3 +398,11 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
     named = {name: backend.back(x) for name, x in zip(wrt or (), gradients, strict=True)}
     named = {name: given(x) if name in ROWS else x for name, x in named.items()}
     return given(backend.back(out)), backend.back(lse), named
+
+
+def _decoded(backend, q, k, v, keywords, dealt, given):
+    if "layout" not in keywords:
+        keywords |= {"layout": keywords.pop("k_layout")}
+    of_q = keywords.pop("q_layout", keywords["layout"])
+    out, lse = ringcore.decode_attention(q, k, v, q_layout=of_q if dealt else None, **keywords)
+    return given(backend.back(out)), backend.back(lse), {}

@@ -185,6 +185,15 @@ def _dropout_and_more(rng, shape, dtype):
     }  # fmt: skip
 
 
+def _decoded(rng, shape, dtype, whole):
+    """The queries are the last positions; ``whole``: every rank has all of them. Gradients are of ring attention."""
+    return {
+        "decoded": "whole" if whole else "dealt", "causal": True, "window": (17, 0), "softcap": 3.0,
+        "key_lengths": [shape.keys] * shape.batch, "query_offset": shape.keys - shape.queries,
+        "sinks": rng.standard_normal(shape.heads).astype(dtype),
+    }  # fmt: skip
+
+
 def _everything(rng, shape, dtype):
     return {
         "causal": True,
@@ -245,6 +254,8 @@ FEATURES: dict[str, Feature] = {
     "dropout and more": _dropout_and_more,
     "everything": _everything,
     "resumed": lambda rng, shape, dtype: {"resumed": shape.keys, "causal": True, "softcap": 2.0},
+    "decoded": lambda rng, shape, dtype: _decoded(rng, shape, dtype, whole=True),
+    "decoded, dealt": lambda rng, shape, dtype: _decoded(rng, shape, dtype, whole=False),
     "dilated": lambda rng, shape, dtype: {
         "segment_lengths": [7, 12, 64], "dilation_rates": [1, 2, 4], "causal": True, "softcap": 3.0,
     },

@@ -1,6 +1,6 @@
 """Plans of features that come later, made of the values and the schedule of today.
 
-They are here to show that visiting queries, decoding and rings of rings need nothing but other plans.
+They are here to show that decoding and rings of rings need nothing but other plans.
 """
 
 from __future__ import annotations
@@ -9,17 +9,9 @@ from collections.abc import Iterator
 from itertools import product
 
 from ringcore.layout import Layout
-from ringcore.schedule import Visit, journeys, rotation
+from ringcore.schedule import Visit, journeys
 from ringcore.tiling import Visibility, tiles_between
 from ringcore.values import Move, Plan, Step, Tile
-
-
-def visiting_query_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
-    """k and v stay, q visits, and its partial is carried home."""
-    return rotation(
-        q_layout.size,
-        lambda resident, visitor: tiles_between(q_layout.shards[visitor], k_layout.shards[resident], visibility),
-    )
 
 
 def decode_plans(queries: int, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:

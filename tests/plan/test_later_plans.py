@@ -8,11 +8,12 @@ from counting import at_home, loops_of
 from deals import DEALS, deals, layouts, problem, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from later import decode_plans, double_ring_plans, visiting_query_plans
+from later import decode_plans, double_ring_plans
 from lockstep import walk
 from pairs import computed
 
 import ringcore
+from ringcore.schedule import query_plans
 
 # Visiting queries: k and v stay, and every partial of q goes home.
 
@@ -23,7 +24,7 @@ def test_visiting_queries(name, sight):
     for size in SIZES:
         dealt = deals(name, 5, 17, size)
         seen = visibility(keys=17, **sight)
-        check(problem(*dealt, seen, visitor="q"), visiting_query_plans(*dealt, seen))
+        check(problem(*dealt, seen, visitor="q"), query_plans(*dealt, seen))
 
 
 # Decoding: every rank has all queries and some keys; nothing visits, and every rank ends with everything.
