@@ -50,7 +50,7 @@ def choose_kernels(
             passed.append(f"{name}: {lack}")
         else:
             able.append(found)
-    for kernels in sorted(able, key=lambda kernels: -kernels.capabilities.preference):
+    for kernels in sorted(able, key=lambda kernels: -kernels.capabilities.preferred(q.shape[2])):
         if not (wrong := fault(kernels, q, v, needs)):
             return kernels, passed
         passed.append(f"{kernels.capabilities.name}: {wrong}")

@@ -19,8 +19,6 @@ class Kernels(Protocol):
 
     The arrays are already cut to the tile: q [B, H, S, D], k [B, Hk, T, D], v [B, Hk, T, E] with S the tile's
     height and T its width. bias and mask have four axes, each of the tile's length or 1.
-    Fused kernels may have ``splits(q, k)``: into how many parts a device takes the keys best, where one entry of the
-    batch with so few queries leaves most of it idle; 1 for none. Each part comes as an entry of a batch.
     Kernels that need much memory beside these may have ``reserve(q, k, v, *, gradient)``, which raises where there is
     too little: it is asked about a rank's own arrays before anything is sent, so that the ring can be used again.
     """

@@ -233,6 +233,10 @@ class Gradients:
     dbias: Array | None = None
 
 
+FEW = 16
+"""So many queries are few."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What kernels can do; what they cannot is refused by name, or other kernels are taken.
@@ -250,7 +254,8 @@ class Capabilities:
     upper left corner. "squares": that on as many rows as columns. What is neither comes in strips of ``strip`` rows
     with any band.
     parts: they take tiles with parts (see `Tile`), without bias, mask and dropout. Rows without a part saw nothing.
-    preference: of several kernels that can, those with the highest are taken.
+    preference: of several kernels that can, those with the highest are taken. preference_for_few: theirs where a rank
+    has no more than `FEW` queries, as in decoding: kernels that do not share a device by keys leave most of it idle.
     poison_rows: NaN in a key that only some rows see stays out of the others.
     largest_head, head_multiple, equal_heads: bounds on the widths of k and v.
     """
@@ -272,10 +277,16 @@ class Capabilities:
     strip: int = 256
     parts: bool = False
     preference: int = 0
+    preference_for_few: int | None = None
     poison_rows: bool = True
     largest_head: int | None = None
     head_multiple: int = 1
     equal_heads: bool = False
+
+    def preferred(self, queries: int) -> int:
+        """Their preference for so many queries."""
+        few = self.preference_for_few is not None and queries <= FEW
+        return self.preference_for_few if few and self.preference_for_few is not None else self.preference
 
 
 @dataclass(frozen=True)

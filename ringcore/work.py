@@ -15,7 +15,6 @@ from ringcore.partial import Partial, accumulation_dtype
 from ringcore.pieces import pieces
 from ringcore.positions import Mask, alibi_of, blocks, bounded, shown
 from ringcore.protocols import Arithmetic, Kernels
-from ringcore.splitting import forward_in_parts
 from ringcore.values import Array, Blocks, Gradients, Move, Score, Spec, Tile, namespace
 
 _STANDARD = StandardArithmetic()
@@ -96,17 +95,11 @@ class ForwardWork:
         if self.state is not None and self.last is not None:
             self.state = self.arithmetic.merge_rows(self.state, *self.last)
             self.last = None
-        part = self._in_parts(k, v, tile, terms) or self._forward(k, v, tile, terms)
+        part = self._forward(k, v, tile, terms)
         if self.state is None:
             self.state = part
         else:
             self.last = row_index(tile), part
-
-    def _in_parts(self, k: Array, v: Array, tile: Tile, terms: Terms) -> Partial | None:
-        rows, keys = row_index(tile), key_index(tile)
-        if any(x is not None for x in terms.values()):
-            return None
-        return forward_in_parts(self.kernels, self.q[rows], k[keys], v[keys], score=self.score, tile=tile)
 
     @property
     def fused(self) -> bool:

@@ -189,6 +189,16 @@ def test_of_several_kernels_that_can_the_preferred_ones_are_named(monkeypatch):
     assert explain(Q, K, V).kernels == "best"
 
 
+def test_others_may_be_preferred_for_few_queries(monkeypatch):
+    install(
+        monkeypatch,
+        numpy_cpu_few=lambda sharers: Planted(name="few", preference=8, preference_for_few=10),
+        numpy_cpu_best=lambda sharers: Planted(name="best", preference=9),
+    )
+    assert explain(Q[:, :, :1], K, V).kernels == "few"
+    assert explain(np.repeat(Q, 3, axis=2), K, V).kernels == "best"
+
+
 def test_kernels_that_are_asked_for_are_named_and_none_is_passed_over():
     found = explain(Q, K, V, kernels="reference")
     assert (found.kernels, found.passed) == ("reference", ())

@@ -32,7 +32,6 @@ LAYERS = {
         "pieces",
         "positions",
         "schedule",
-        "splitting",
         "tile",
         "tiling",
     ),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
@@ -13,7 +11,6 @@ from ringcore_flash4.sequences import Sequences
 Tensor = torch.Tensor
 
 _LEAST = 9  # compute capability: Hopper
-_ROWS = 128  # of a block: queries of all heads that share keys
 
 
 class Flash4:
@@ -32,12 +29,6 @@ class Flash4:
     def capturing(self) -> bool:
         """Whether work is recorded for a graph, not run."""
         return torch.cuda.is_current_stream_capturing()
-
-    def splits(self, q: Tensor, k: Tensor) -> int:
-        """So many that each multiprocessor has a block of queries of one entry; see `ringcore.Kernels`."""
-        blocks = k.shape[1] * -(-q.shape[1] // k.shape[1] * q.shape[2] // _ROWS)
-        count = _multiprocessors(q.device)
-        return 1 if q.shape[0] * blocks > count // 2 else count // blocks
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, score: Score, tile: Tile,
@@ -111,11 +102,6 @@ def load(sharers: int = 1) -> Flash4:
     if least[0] < _LEAST:
         raise UnsupportedError(f"flash-attn-4 needs GPUs of compute capability {_LEAST} or more, but there is {least}.")
     return Flash4()
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _sequence_first(*tensors: Tensor) -> list[Tensor]:

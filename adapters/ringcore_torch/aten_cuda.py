@@ -99,7 +99,7 @@ class Flash2(AtenKernels):
     capabilities = Capabilities(
         "torch.cuda.flash2", dtypes=_HALF, libraries=frozenset({"torch"}), devices=frozenset({"cuda"}),
         bias=False, mask=False, softcap=False, fused=True, half_gradients=True, bands="windows", preference=10,
-        poison_rows=False, largest_head=256 - _COLUMN, head_multiple=_ALIGNED, equal_heads=True,
+        preference_for_few=40, poison_rows=False, largest_head=256 - _COLUMN, head_multiple=_ALIGNED, equal_heads=True,
     )  # fmt: skip
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> tuple[Tensor, Tensor]:
