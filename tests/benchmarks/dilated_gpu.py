@@ -13,7 +13,8 @@ check    out and gradients of every side on a short sequence against dense atten
          logarithm of how often a pair counts added
 ours     ringcore's time, the first call's and the host's share of it, launches, and which kernels the GPU ran
 peers    each package with its fastest kernel, in turns with ringcore, at the longest length that fits the memory
-segments the best kernel alone on the segments of the first branch, as a batch: what rate the branches could have
+segments kernels alone on the segments of the first branch, as a batch and end to end, and ringcore with that branch
+         alone: what rate the branches could have
 dense    dense causal attention by ringcore and by cuDNN at an eighth and a quarter of the length, in turns; the better
          at the whole length once. "share" is the speed-up over it, over the ratio of visible pairs: 1 would be the
          dense kernel's own rate
@@ -40,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dilated_peers as peers
 import gpu
+import packed_peers
 import torch
 from gpu import Attend, Call, Tensor, with_gradients, without_gradients
 
@@ -332,7 +334,7 @@ def against_peers(run: Run) -> None:
             )  # fmt: skip
     for direction in DIRECTIONS:
         over = {
-            line["side"]: {key: line[key] for key in ("over", "over_for_a_pair", "length")}
+            line["side"]: {key: line[key] for key in ("over", "over_for_a_pair", "length", "rows_off")}
             for line in run.results.get("peers", [])
             if line["direction"] == direction and "over" in line
         }
@@ -388,29 +390,39 @@ def _in_turns(run: Run, peer: peers.Peer, attend: Attend, place: int, length: in
 
 
 def segments(run: Run) -> None:
-    """The kernels alone on the segments of the first branch, side by side as a batch."""
-    side = run.branches["segment_lengths"][0]
+    """Kernels alone on the segments of the first branch, as a batch and end to end, and ringcore with that branch."""
+    side, everywhere = run.branches["segment_lengths"][0], [run.heads] * BRANCHES
+    seen = run.length // side * (side * (side + 1) // 2) * run.heads
+    sides: dict[str, Attend] = {
+        f"{name}, a batch": functools.partial(_as_batch, kernel, side)
+        for name, kernel in peers.KERNELS[run.device].items()
+    }
+    end_to_end = packed_peers.flash4(list(range(0, run.length + 1, side))) if run.cuda else None
+    if end_to_end is not None:
+        sides["flash-attn-4, end to end"] = end_to_end
+    sides["ringcore, this branch"] = run.ours({"segment_lengths": [side], "dilation_rates": [1]})
     for place, direction in enumerate(DIRECTIONS):
-        *arrays, dout = (x.unflatten(1, (-1, side)).flatten(0, 1) for x in run.draw(run.length))
-        seen = run.length // side * (side * (side + 1) // 2) * run.heads
-        for name, kernel in peers.KERNELS[run.device].items():
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, kernel: peers.Kernel = kernel) -> Tensor:
-                return kernel(q, k, v, True, None)[0]
-
+        *arrays, dout = run.draw(run.length)
+        for name, attend in sides.items():
             call = _direction(attend, arrays, dout, place)
             try:
                 run.poison()
                 call()
                 seconds = statistics.median(run.timed(call) for _ in range(run.rounds))
             except Exception as exc:
-                run.found("segments", kernel=name, direction=direction, failed=f"{type(exc).__name__}: {exc}"[:300])
+                run.found("segments", side=name, direction=direction, failed=f"{type(exc).__name__}: {exc}"[:300])
                 continue
             run.found(
-                "segments", kernel=name, direction=direction, seconds=seconds,
-                giga_pairs_per_second=seen / seconds / 1e9, teraflops=seen * run.width * FLOPS[place] / seconds / 1e12,
-                all_branches_at_this_rate=seconds * pairs(run.length, run.branches, [run.heads] * BRANCHES) / seen,
+                "segments", side=name, direction=direction, seconds=seconds, giga_pairs_per_second=seen / seconds / 1e9,
+                teraflops=seen * run.width * FLOPS[place] / seconds / 1e12,
+                all_branches_at_this_rate=seconds * pairs(run.length, run.branches, everywhere) / seen,
             )  # fmt: skip
+
+
+def _as_batch(kernel: peers.Kernel, side: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention within segments of so many rows of q, k and v [1, N, H, D]."""
+    batch = (x.unflatten(1, (-1, side)).flatten(0, 1) for x in (q, k, v))
+    return kernel(*batch, True, None)[0].reshape(q.shape)
 
 
 def dense(run: Run) -> None:
