@@ -249,7 +249,7 @@ def _first(run: Run, place: int, length: int) -> dict[str, Any]:
     out = call()
     run.wait()
     first = time.perf_counter() - start
-    error = rows_off(out[0] if isinstance(out, tuple) else out, arrays, run.branches)
+    error = rows_off(out[0] if place else out, arrays, run.branches)
     if not error < 0.03:
         raise ValueError(f"ringcore's rows are off by {error} of the largest number due")
     del out
@@ -372,7 +372,7 @@ def _in_turns(run: Run, peer: peers.Peer, attend: Attend, place: int, length: in
     for side, call in sides.items():
         run.poison()
         out = call()
-        off[side] = rows_off(out[0] if isinstance(out, tuple) else out, arrays, run.branches, peer.head_offset)
+        off[side] = rows_off(out[0] if place else out, arrays, run.branches, peer.head_offset)
         del out
         peak[side] = run.peak()
     if not off["ringcore"] < 0.03:
@@ -407,7 +407,9 @@ def segments(run: Run) -> None:
             call = _direction(attend, arrays, dout, place)
             try:
                 run.poison()
-                call()
+                out = call()
+                off = rows_off(out[0] if place else out, arrays, {"segment_lengths": [side], "dilation_rates": [1]})
+                del out
                 seconds = statistics.median(run.timed(call) for _ in range(run.rounds))
             except Exception as exc:
                 run.found("segments", side=name, direction=direction, failed=f"{type(exc).__name__}: {exc}"[:300])
@@ -415,7 +417,7 @@ def segments(run: Run) -> None:
             run.found(
                 "segments", side=name, direction=direction, seconds=seconds, giga_pairs_per_second=seen / seconds / 1e9,
                 teraflops=seen * run.width * FLOPS[place] / seconds / 1e12,
-                all_branches_at_this_rate=seconds * pairs(run.length, run.branches, everywhere) / seen,
+                all_branches_at_this_rate=seconds * pairs(run.length, run.branches, everywhere) / seen, rows_off=off,
             )  # fmt: skip
 
 
