@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
@@ -61,12 +63,23 @@ class Flash4:
 
     def _forward_of_parts(self, q: Tensor, k: Tensor, v: Tensor, score: Score, tile: Tile) -> Partial:
         batch, heads, rows, _ = q.shape
-        out, lse, *_ = _flash_attn_fwd(
-            *map(_end_to_end, (q, k, v)), softmax_scale=score.scale, softcap=score.softcap or 0.0, return_lse=True,
-            **self._sequences.of(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
-        )  # fmt: skip
-        out = out.view(batch, rows, heads, v.shape[3]).transpose(1, 2)
-        lse = lse.view(heads, batch, rows).transpose(0, 1)
+        count = self._sequences.equal(tile, rows, k.shape[2])
+        given = {
+            "softmax_scale": score.scale,
+            "softcap": score.softcap or 0.0,
+            "return_lse": True,
+            **_bounds(tile.band),
+        }
+        if count:  # entries of a batch, whose ends the kernels need not look for
+            # Of several entries, heads before rows, no view has the parts on one axis.
+            out = _rows_like(q, v.shape[3]) if batch == 1 else _rows_first(q, v.shape[3])
+            _, lse, *_ = _flash_attn_fwd(*_as_entries(count, q, k, v), out=_as_entries(count, out)[0], **given)
+            lse = lse.view(batch, count, heads, -1).transpose(1, 2).flatten(2)
+        else:
+            places = self._sequences.of(tile, batch, rows, k.shape[2], q.device)
+            out, lse, *_ = _flash_attn_fwd(*map(_end_to_end, (q, k, v)), **given, **places)
+            out = out.view(batch, rows, heads, v.shape[3]).transpose(1, 2)
+            lse = lse.view(heads, batch, rows).transpose(0, 1)
         return Partial(out, lse, self._ones_like(lse))
 
     def _backward_of_parts(
@@ -74,12 +87,20 @@ class Flash4:
         dlse: Tensor | None,
     ) -> Gradients:  # fmt: skip
         batch, _, rows, _ = q.shape
+        count = self._sequences.equal(tile, rows, k.shape[2])
+        if count:
+            arrays, places = _as_entries(count, q, k, v, out, dout), dict[str, Any]()
+            lse, dlse = _rows_as_entries(count, lse), None if dlse is None else _rows_as_entries(count, dlse)
+        else:
+            arrays = [_end_to_end(x) for x in (q, k, v, out, dout)]
+            places = self._sequences.of(tile, batch, rows, k.shape[2], q.device)
+            lse, dlse = _rows_end_to_end(lse), None if dlse is None else _rows_end_to_end(dlse)
         found = _flash_attn_bwd(
-            *map(_end_to_end, (q, k, v, out, dout)), _rows_end_to_end(lse), score.scale, softcap=score.softcap or 0.0,
-            dlse=None if dlse is None else _rows_end_to_end(dlse),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **self._sequences.of(tile, batch, rows, k.shape[2], q.device), **_bounds(tile.band),
+            *arrays, lse, score.scale, softcap=score.softcap or 0.0, dlse=dlse,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **places, **_bounds(tile.band),
         )  # fmt: skip
+        if count:
+            found = [x.flatten(0, 1) for x in found]
         return Gradients(*(x.unflatten(0, (batch, -1)).transpose(1, 2) for x in found))
 
     def _ones_like(self, lse: Tensor) -> Tensor:
@@ -119,6 +140,17 @@ def _rows_end_to_end(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1).contiguous()
 
 
+def _as_entries(count: int, *tensors: Tensor) -> list[Tensor]:
+    """[B, H, S, D] as [B * count, S / count, H, D], as `_end_to_end`."""
+    cut = (x.transpose(1, 2).view(x.shape[0], count, -1, x.shape[1], x.shape[3]) for x in tensors)
+    return [x.flatten(0, 1) for x in cut]
+
+
+def _rows_as_entries(count: int, x: Tensor) -> Tensor:
+    """[B, H, S] as [B * count, H, S / count], without gaps."""
+    return x.view(*x.shape[:2], count, -1).transpose(1, 2).flatten(0, 1).contiguous()
+
+
 def _bounds(band: Band) -> dict[str, int | None]:
     """A band that is counted from the lower right corner, as a window."""
     return {"window_size_left": None if band.lo is None else -band.lo, "window_size_right": band.hi}
@@ -131,6 +163,12 @@ def _window(q: Tensor, k: Tensor, band: Band, axis: int = 2) -> dict[str, int | 
         "window_size_left": None if band.lo is None else shift - band.lo,
         "window_size_right": None if band.hi is None else band.hi - shift,
     }
+
+
+def _rows_first(q: Tensor, width: int) -> Tensor:
+    """Memory for [B, H, S, width], rows before heads."""
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
 def _rows_like(q: Tensor, width: int) -> Tensor:

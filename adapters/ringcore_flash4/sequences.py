@@ -24,13 +24,14 @@ class Sequences:
         self._capturing = capturing
         self._known: dict[tuple[_Parts, int, int, int, torch.device], dict[str, Any]] = {}
         self._captured: list[dict[str, Any]] = []
+        self._parts: dict[int, tuple[Tile, _Parts]] = {}
 
     def of(self, tile: Tile, batch: int, rows: int, keys: int, device: torch.device) -> dict[str, Any]:
         """The keywords of the parts of all entries end to end, with sequences of rows or of keys alone between them.
 
         Raises UnsupportedError in a capture of a tile that never ran: making them is no work of a stream.
         """
-        parts = tuple((mine.start, mine.stop, theirs.start, theirs.stop) for _, mine, theirs in tile.places())
+        parts = self._parts_of(tile)
         key = parts, batch, rows, keys, device
         found, capturing = self._known.get(key), self._capturing()
         if found is None:
@@ -46,6 +47,26 @@ class Sequences:
         if capturing:
             self._captured.append(found)
         return found
+
+    def equal(self, tile: Tile, rows: int, keys: int) -> int:
+        """How many parts the tile has, if they are all of one height and one width and leave no gaps; else 0."""
+        parts = self._parts_of(tile)
+        row, row_end, key, key_end = parts[0]
+        height, width = row_end - row, key_end - key
+        # They follow each other, so that those of one size that add up to all leave nothing between them.
+        if (len(parts) * height, len(parts) * width) != (rows, keys):
+            return 0
+        return len(parts) if all((b - a, d - c) == (height, width) for a, b, c, d in parts) else 0
+
+    def _parts_of(self, tile: Tile) -> _Parts:
+        """Where each part lies in the tile: remembered, for plans are, and this takes a microsecond or more a part."""
+        found = self._parts.get(id(tile))
+        if found is None:
+            if len(self._parts) >= _KEPT:
+                del self._parts[next(iter(self._parts))]
+            parts = tuple((mine.start, mine.stop, theirs.start, theirs.stop) for _, mine, theirs in tile.places())
+            found = self._parts[id(tile)] = tile, parts  # with the tile, so that no other gets its id
+        return found[1]
 
 
 def _made(parts: _Parts, batch: int, rows: int, keys: int, device: torch.device) -> dict[str, Any]:

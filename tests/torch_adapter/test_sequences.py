@@ -39,6 +39,23 @@ def test_gaps_are_sequences_of_rows_or_of_keys_alone(step):
     assert found["cu_seqlens_q"].dtype == torch.int32
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_parts_of_one_size_without_gaps_are_known(step):
+    known, capturing = sequences(lambda: False), sequences(lambda: True)
+    equal = tile_of(*(((a, a + 4), (a, a + 4)) for a in range(0, 20, 4)), step=step)
+    assert known.equal(equal, rows=20, keys=20) == capturing.equal(equal, rows=20, keys=20) == 5
+    assert known.equal(equal, rows=21, keys=20) == known.equal(equal, rows=20, keys=21) == 0
+    for parts in (
+        (((0, 4), (0, 4)), ((5, 9), (4, 8))),
+        (((0, 4), (0, 4)), ((4, 8), (5, 9))),
+        (((0, 3), (0, 3)), ((3, 8), (3, 8))),
+    ):
+        tile = tile_of(*parts, step=step)
+        assert (
+            known.equal(tile, rows=max(stop for (_, stop), _ in parts), keys=max(stop for _, (_, stop) in parts)) == 0
+        )
+
+
 def test_what_a_graph_was_given_is_kept_and_made_before():
     capturing = False
     known = sequences(lambda: capturing)
