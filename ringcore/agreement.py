@@ -106,6 +106,11 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
     return json.dumps(note).encode()
 
 
+def with_further(common: bytes, **further: Any) -> bytes:
+    """What `common_of` gave, and more that must be equal on all ranks."""
+    return common[:-1] + b", " + json.dumps(further).encode()[1:]
+
+
 def _explain(due: dict[str, Any], came: dict[str, Any], rank: int) -> None:
     for name in {**due, **came}:
         if due.get(name) != came.get(name):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import lru_cache, reduce
+from typing import Any, NamedTuple, cast
 
-from ringcore.agreement import Note, agree, common_of
+from ringcore.agreement import Note, agree, common_of, with_further
 from ringcore.arguments import (
     Arguments,
     Inputs,
@@ -23,7 +24,7 @@ from ringcore.discovery import find_arithmetic, find_transport
 from ringcore.errors import KeywordError, LayoutError, TransportError
 from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
 from ringcore.local import run_local
-from ringcore.merge import fields, merge, merge_stacked
+from ringcore.merge import fields
 from ringcore.partial import Partial, dtype_name
 from ringcore.partition import shard, unshard
 from ringcore.protocols import Kernels, Reducing, Transport
@@ -35,6 +36,7 @@ from ringcore.values import Array, Blocks, Plan, namespace
 from ringcore.visiting_queries import QueryWork, partial_of
 from ringcore.work import ForwardWork
 
+_EVERY = slice(None), slice(None), slice(None), ...
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 
 
@@ -90,6 +92,8 @@ def decode_attention(
     whole = (_in_this_process if ring is None else _on_this_rank)(call, inputs, filled)
     arithmetic = find_arithmetic(q)
     out, maximum, total = arithmetic.finished(whole, q.dtype)
+    if out.dtype == whole.total.dtype:
+        out = namespace(q).asarray(out, copy=True)  # without what travelled beside it
     return swap_axes(out, axes), arithmetic.finished_lse(maximum, total, -math.inf)
 
 
@@ -127,7 +131,8 @@ class Filled(NamedTuple):
 
 
 def _in_this_process(call: Call, inputs: Inputs, filled: Filled) -> Partial:
-    arguments, kernels = _checked(call, call.remembered(None), inputs, filled)
+    known, arguments = _checked(call, call.remembered(None), inputs, filled)
+    kernels = known.kernels
     (queries, keys), size = (x.shape[2] for x in (arguments.q, arguments.k)), call.ring_size or 1
     k_layout = resolve_layout(arguments.k_layout, keys, size, "k")
     q_layout = None if call.q_layout is None else resolve_layout(call.q_layout, queries, size, "q")
@@ -135,7 +140,7 @@ def _in_this_process(call: Call, inputs: Inputs, filled: Filled) -> Partial:
     ks, vs = ([shard(x, k_layout, rank, size) for rank in range(size)] for x in (arguments.k, arguments.v))
     if q_layout is None:
         every = (_own(arguments, kernels, ks[rank], vs[rank], k_layout, seen, rank) for rank in range(size))
-        return _stacked([_packed(part) for part in every]) if size > 1 else next(every)
+        return _unpacked(reduce(_merge_packed, map(_packed, every))) if size > 1 else next(every)
     plans, make = _travels(arguments, kernels, q_layout, k_layout, seen)
     works = [make(shard(arguments.q, q_layout, rank, size), ks[rank], vs[rank]) for rank in range(size)]
     came = run_local([ring_loop(plan, work) for plan, work in zip(plans, works, strict=True)])
@@ -150,17 +155,23 @@ def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial:
         raise TransportError("decode_attention on a ring cannot be captured in a graph: the ranks agree on each call.")
 
     def check() -> tuple[tuple[Arguments, Kernels], Note]:
-        arguments, kernels = _checked(call, remembered, inputs, filled)
+        known, arguments = _checked(call, remembered, inputs, filled)
         if transport.size > 1:
             transport.check(arguments.q, arguments.k, arguments.v)
+        if known.common is None:
+            known.common = common_of(call.name, arguments)
         rows, keys = arguments.q.shape[2], arguments.k.shape[2]
-        further: dict[str, Any] = {"whether query_offset is given": filled.query_offset is not None}
-        further["rows of q, which every rank must have"] = rows if call.q_layout is None else "dealt"
-        return (arguments, kernels), Note(common_of(call.name, arguments, **further), (rows, keys))
+        # These change from token to token.
+        further: dict[str, Any] = {
+            "key_lengths": arguments.key_lengths, "query_offset": arguments.offsets,
+            "whether query_offset is given": filled.query_offset is not None,
+            "rows of q, which every rank must have": rows if call.q_layout is None else "dealt",
+        }  # fmt: skip
+        return (arguments, known.kernels), Note(with_further(known.common, **further), (rows, keys))
 
     (arguments, kernels), agreed = agree(transport, check)
-    k_layout = layout_of_lengths(arguments.k_layout, agreed.k_lengths, "k")
-    q_layout = None if call.q_layout is None else layout_of_lengths(call.q_layout, agreed.q_lengths, "q")
+    k_layout = _dealt(arguments.k_layout, agreed.k_lengths, "k")
+    q_layout = None if call.q_layout is None else _dealt(call.q_layout, agreed.q_lengths, "q")
     queries = arguments.q.shape[2] if q_layout is None else q_layout.length
     seen = filled.visibility(arguments, queries, k_layout.length)
     try:
@@ -180,11 +191,18 @@ def _merged(transport: Transport, own: Partial) -> Partial:
     if transport.size == 1:
         return own
     packed = _packed(own)
-    if isinstance(transport, Reducing):
-        came = transport.reduce(packed, lambda lower, upper: _packed(merge(_unpacked(lower), _unpacked(upper))))
+    if hasattr(transport, "reduce"):
+        came = cast(Reducing, transport).reduce(packed, _merge_packed)
         if came is not None:
             return _unpacked(came)
-    return _stacked([part for (part,) in gathered(transport, (packed,))])
+    return _unpacked(reduce(_merge_packed, (part for (part,) in gathered(transport, (packed,)))))
+
+
+def _merge_packed(lower: Array, upper: Array) -> Array:
+    """Both merged, in the memory of ``upper`` where the library allows it."""
+    state, part = _unpacked(upper), _unpacked(lower)
+    merged = find_arithmetic(upper).merge_rows(state, _EVERY, part)
+    return upper if merged.weighted is state.weighted else _packed(merged)
 
 
 def _packed(partial: Partial) -> Array:
@@ -197,17 +215,18 @@ def _unpacked(x: Array) -> Partial:
     return Partial(x[..., :-2], x[..., -2], x[..., -1])
 
 
-def _stacked(packed: Sequence[Array]) -> Partial:
-    return merge_stacked(_unpacked(namespace(packed[0]).stack(packed)))
-
-
-def _checked(call: Call, remembered: dict[Any, Known], inputs: Inputs, filled: Filled) -> tuple[Arguments, Kernels]:
+def _checked(call: Call, remembered: dict[Any, Known], inputs: Inputs, filled: Filled) -> tuple[Known, Arguments]:
     for name, layout in (("layout", call.layout), ("q_layout", call.q_layout)):
         if layout == AUTO:
             raise LayoutError(f'{name} is "auto", but a cache lies where it was written. Give the layout that it has.')
     known = call.about(remembered, inputs)
     check_detached(q=inputs.q, k=inputs.k, v=inputs.v, sinks=inputs.sinks)
-    return filled.of(known.arguments.about(inputs)), known.kernels
+    return known, filled.of(known.arguments.about(inputs))
+
+
+@lru_cache(maxsize=64)
+def _dealt(layout: str | Layout, lengths: tuple[int, ...], what: str) -> Layout:
+    return layout_of_lengths(layout, lengths, what)
 
 
 def _own(

@@ -61,23 +61,6 @@ def merge(first: Partial, second: Partial) -> Partial:
     )
 
 
-def merge_stacked(stacked: Partial) -> Partial:
-    """Combine attention over n disjoint sets of keys at once.
-
-    Shapes: ``weighted`` [n, B, H, S, E], ``maximum`` and ``total`` [n, B, H, S]; the result's are without n.
-    Law: `merge` of all n, up to rounding. ``weighted`` may be a fused kernel's, in a half type.
-    """
-    xp = namespace(stacked.weighted)
-    seen, wide = stacked.seen, stacked.total.dtype
-    maximum = xp.max(xp.where(seen, stacked.maximum, -math.inf), axis=0)
-    # Where none saw a key, -inf - -inf would be NaN.
-    gap = stacked.maximum - xp.where(maximum == -math.inf, 0.0, maximum)
-    factor = xp.exp(xp.where(seen, gap, -math.inf))
-    weighted = xp.where(seen[..., None], xp.astype(stacked.weighted, wide, copy=False), 0.0)
-    total = xp.sum(factor * xp.where(seen, stacked.total, 0.0), axis=0)
-    return Partial(xp.sum(factor[..., None] * weighted, axis=0), maximum, total, stacked.score)
-
-
 def common_score(partial: Partial, score: Score | None) -> Score | None:
     """What made the scores of the partial and of others; raises KeywordError if it is known not to be one thing."""
     own = partial.score

@@ -137,13 +137,13 @@ class Transport(Protocol):
         ...
 
 
-@runtime_checkable
 class Reducing(Transport, Protocol):
     """A transport that reduces one small array of each rank in one step; others let the arrays visit all ranks."""
 
     def reduce(self, x: Array, combine: Callable[[Array, Array], Array]) -> Array | None:
         """``combine`` of all ranks' arrays, neighbours first, in the order of ranks: the same on every rank.
 
+        ``combine`` gets copies of them and may write to its second array.
         None, on every rank, for arrays that it does not take. Collective. Raises as `gather` does.
         """
         ...

@@ -142,6 +142,7 @@ def test_torch_tensors():
     q = RNG.standard_normal((BATCH, HEADS, 1, 6))
     out, _ = decode_attention(*(t.from_numpy(x) for x in (q, K, V)), ring_size=3, layout="striped")
     np.testing.assert_allclose(out.numpy(), expected(q, {})[0], atol=1e-12)
+    assert out.is_contiguous()
     leaf = t.from_numpy(q).requires_grad_()
     refused(lambda: decode_attention(leaf, *map(t.from_numpy, (K, V))), UnsupportedError, ["q requires grad"])
 

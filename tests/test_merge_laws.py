@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringcore import DtypeError, KeywordError, Partial, ShapeError, empty_partial, merge
-from ringcore.merge import merge_stacked
 
 DTYPES = ("float32", "float64")
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}  # a few roundings; rows hold a few terms of equal sign
@@ -450,19 +449,3 @@ def test_empty_partials_are_kept_in_the_dtype_of_float_inputs(library, dtype):
 def test_empty_partials_of_half_types_are_kept_in_float32(half):
     part = empty_partial(np.ones((1, 1, 2, 3), half), WIDTH)
     assert {x.dtype.name for x in fields(Numpy(), part)} == {"float32"}
-
-
-@libraries
-def test_many_partials_at_once_are_merged_as_one_by_one(library):
-    rng = np.random.default_rng(4)
-    weighted, maximum = rng.standard_normal((5, 2, 3, 4, WIDTH)), 300 * rng.standard_normal((5, 2, 3, 4))
-    total = rng.random((5, 2, 3, 4)) + 0.5
-    # Rows that one, some or all saw nothing of, whatever they hold.
-    for n, row in ((0, 0), (3, 0), *((n, 1) for n in range(5))):
-        maximum[n, :, :, row], total[n, :, :, row], weighted[n, :, :, row] = -np.inf, np.nan, np.nan
-    total[2, :, :, 2] = 0.0
-    parts = [Partial(*(library.make(x[n]) for x in (weighted, maximum, total))) for n in range(5)]
-    due = reduce(merge, parts, empty_partial(library.make(weighted[0]), WIDTH))
-    came = merge_stacked(Partial(*map(library.make, (weighted, maximum, total))))
-    for x, y in zip(fields(library, came), fields(library, due), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-13)

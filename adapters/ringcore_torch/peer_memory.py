@@ -15,6 +15,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from ringcore import Blocks, Move, Spec, TransportError, places_at_home
 from ringcore_torch.circle import Circle
+from ringcore_torch.peer_shares import PeerShares
 from ringcore_torch.rendezvous import Meeting
 
 # Signals of a pair of ranks, by what they say.
@@ -69,6 +70,7 @@ class PeerMemory:
     def __init__(self, circle: Circle, device: torch.device) -> None:
         self._circle, self._device = circle, device
         self._meeting = Meeting(circle.store, circle.rank, circle.size)
+        self.shares = PeerShares(circle, self._meeting, device)
         self._index: Any = device.index  # Torch is slow to find the number of a device
         self._deadline = math.ceil(circle.timeout * 1000)
         self._pulling: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

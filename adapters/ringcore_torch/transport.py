@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -107,16 +108,25 @@ class TorchTransport:
         """
         if not blocks[0].is_cuda:
             return False
-        if self._carrier is None:
-            self._carrier = self._made(blocks[0].device)
-            self._device = blocks[0].device
-        self._carrier.publish(blocks, specs, carried or {})
+        self._on(blocks[0].device).publish(blocks, specs, carried or {})
         return True
 
-    def _made(self, device: torch.device) -> PeerMemory | NcclMessages:
-        if choose_carrier(self._circle, device, self._asked) == PEER_MEMORY:
-            return PeerMemory(self._circle, device)
-        return NcclMessages(self._circle, device)
+    def reduce(
+        self, x: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """``combine`` of all ranks' tensors, in the order of ranks: by each rank, where GPUs have peer memory."""
+        carrier = self._on(x.device) if x.is_cuda else None
+        if not isinstance(carrier, PeerMemory):
+            return None
+        return functools.reduce(combine, carrier.shares.of_all(x).unbind())
+
+    def _on(self, device: torch.device) -> PeerMemory | NcclMessages:
+        """The carrier of blocks on this GPU. The first call is collective."""
+        if self._carrier is None:
+            peers = choose_carrier(self._circle, device, self._asked) == PEER_MEMORY
+            self._carrier = (PeerMemory if peers else NcclMessages)(self._circle, device)
+            self._device = device
+        return self._carrier
 
     def fetch(self, owner: int, rows: slice | None, seen: slice | None = None) -> Blocks:
         """What ``owner`` published, there once the exchange that follows was waited for."""

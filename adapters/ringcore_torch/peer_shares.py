@@ -1,0 +1,58 @@
+"""One small tensor of each rank, read by all ranks from each other's memory: on the caller's stream, in three launches.
+
+For what is too small to move beside anything else, such as the partials of one query.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed._symmetric_memory as symmetric_memory
+
+from ringcore_torch.circle import Circle
+from ringcore_torch.rendezvous import Meeting
+
+_CHANNEL = 0
+_LEAST = 1 << 16  # bytes of a slot
+
+Tensor = torch.Tensor
+
+
+class PeerShares:
+    """Two slots of each rank in turn: none writes to one before all have read it, for they met over the other since."""
+
+    def __init__(self, circle: Circle, meeting: Meeting, device: torch.device) -> None:
+        self._circle, self._meeting, self._device = circle, meeting, device
+        self._deadline = math.ceil(circle.timeout * 1000)
+        self._room = self._count = 0
+        self._handle: Any = None
+        self._outgrown: list[Any] = []  # a peer may be reading there
+        self._read: Any = None
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """Copies of all ranks' tensors, which are like x, stacked in the order of ranks. Collective."""
+        if x.nbytes > self._room:
+            self._grow(x.nbytes)
+        stream = torch.cuda.current_stream(self._device)
+        if self._read is not None:
+            stream.wait_event(self._read)  # the last call may have been on another stream
+        start = self._count % 2 * self._room // x.dtype.itemsize
+        self._count += 1
+        slots = [self._handle.get_buffer(rank, x.shape, x.dtype, start) for rank in range(self._circle.size)]
+        slots[self._circle.rank].copy_(x)
+        self._handle.barrier(_CHANNEL, self._deadline)
+        found = torch.stack(slots)
+        self._read = stream.record_event()
+        return found
+
+    def _grow(self, least: int) -> None:
+        if self._handle is not None:
+            self._outgrown.append(self._handle)
+        self._room = max(_LEAST, 1 << (least - 1).bit_length())
+        memory = symmetric_memory.empty(2 * self._room, dtype=torch.uint8, device=self._device)
+        self._handle = symmetric_memory.rendezvous(memory, self._meeting.name)
+        # Torch clears it on the default stream: a signal that comes before would be wiped out.
+        torch.cuda.default_stream(self._device).synchronize()
+        self._circle.gather(b"cleared")
