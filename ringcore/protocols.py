@@ -76,7 +76,10 @@ class Kernels(Protocol):
 class Arithmetic(Protocol):
     """How partials of one library are merged and finished, where it knows better than the array API standard.
 
-    It may have ``check_array(q)``, which raises for arrays with which its library could not compute.
+    It may have ``check_array(q)``, which raises for arrays with which its library could not compute. And it may have
+    ``gathers(x)``; where that is true, partials of fused kernels, and parts of gradients, wait, up to twice all rows,
+    and are brought together in one pass by ``finished_together(q, width, parts, dtype)`` and
+    ``summed_together(like, parts, dtype)``; where these give None, one by one.
     """
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -33,6 +33,8 @@ class OnScores(NamedTuple):
 
 _NOTHING = OnScores()
 
+_WAITING = 2  # times all rows: so much may wait to be brought together in one pass
+
 
 class ForwardWork:
     """q stays, (k, v) visit, the partial of q's rows accumulates here."""
@@ -49,10 +51,13 @@ class ForwardWork:
         # A sink is a key that every query of its head sees, without a value: the sums begin with it, once.
         self.state = None if sinks is None else _partial_of_sinks(sinks, q, v.shape[-1])
         self.last: tuple[tuple[Any, ...], Partial] | None = None
+        # What fused kernels gave, with its rows, where the library can bring many together in one pass at the end.
+        gathers = self.fused and self.state is None and _gathers(arithmetic, q)
+        self.waiting: list[tuple[tuple[Any, ...], Partial]] | None = [] if gathers else None
 
     def resume(self, state: Partial) -> None:
         """Begin with what q's rows saw before: arrays that may be written to, in the accumulation dtype."""
-        self.state = state if self.state is None else merge(self.state, state)
+        self.state, self.waiting = state if self.state is None else merge(self.state, state), None
 
     def visiting(self) -> Blocks:
         """k [B, Hk, T, D] and v [B, Hk, T, E]."""
@@ -75,7 +80,7 @@ class ForwardWork:
         k, v = block
         for tile, terms in self.launches(tiles, on_scores):
             rows, whole = row_index(tile), _covers(self.q, tile)
-            if not whole and self.state is None:
+            if not whole and self.state is None and self.waiting is None:
                 self.state = empty_partial(self.q, v.shape[-1])
             if self.fused:
                 self._visit_fused(k, v, tile, terms)
@@ -92,6 +97,12 @@ class ForwardWork:
 
     def _visit_fused(self, k: Array, v: Array, tile: Tile, terms: Terms) -> None:
         """Merge what came before; the tile's own partial waits: the last one is merged as the sums are divided."""
+        if self.waiting is not None:
+            held = sum(math.prod(part.maximum.shape) for _, part in self.waiting)
+            if held + _rows_of(tile, self.q) <= _WAITING * math.prod(self.q.shape[:3]):
+                self.waiting.append((row_index(tile), self._forward(k, v, tile, terms)))
+                return
+            self._merge_waiting()  # there is some, for one tile has no more than all rows
         if self.state is not None and self.last is not None:
             self.state = self.arithmetic.merge_rows(self.state, *self.last)
             self.last = None
@@ -100,6 +111,18 @@ class ForwardWork:
             self.state = part
         else:
             self.last = row_index(tile), part
+
+    def _merge_waiting(self) -> None:
+        """From now on one is merged after the other."""
+        waiting, self.waiting = self.waiting or [], None
+        if waiting and waiting[0][1].maximum.shape == self.q.shape[:3]:
+            self.state = waiting.pop(0)[1]
+        elif self.state is None and waiting:
+            self.state = empty_partial(self.q, self.v.shape[-1])
+        for rows, part in waiting:
+            if self.state is not None and self.last is not None:
+                self.state = self.arithmetic.merge_rows(self.state, *self.last)
+            self.last = rows, part
 
     @property
     def fused(self) -> bool:
@@ -150,6 +173,7 @@ class ForwardWork:
 
     def partial(self) -> Partial:
         """What q's rows saw so far, before the division, in the accumulation dtype; from now on the caller's alone."""
+        self._merge_waiting()
         state, last, self.state, self.last = self.state, self.last, None, None
         state = state or empty_partial(self.q, self.v.shape[-1])
         return (state if last is None else self.arithmetic.merge_rows(state, *last)).widened
@@ -159,6 +183,14 @@ class ForwardWork:
 
         From now on they are the caller's alone.
         """
+        if self.waiting is not None and len(self.waiting) > 2:
+            gathering: Any = self.arithmetic
+            found: tuple[Array, Array, Array] | None
+            found = gathering.finished_together(self.q, self.v.shape[-1], self.waiting, dtype)
+            if found is not None:
+                self.waiting = None
+                return found
+        self._merge_waiting()
         state, last, self.state, self.last = self.state, self.last, None, None
         return self.arithmetic.finished(state or empty_partial(self.q, self.v.shape[-1]), dtype, last)
 
@@ -180,7 +212,7 @@ class BackwardWork:
         self.rows: dict[str, Array | None] = {}
         self.dq = None
         self.replicated: dict[str, Array] = {}
-        self.sum = Sum(forward.q)
+        self.sum = self._sum(forward.q)
         self.dbias = _zeros(forward.on_scores.bias) if "bias" in wanted else None
         if not forward.fused or "sinks" in wanted:
             self.delta = _delta(dout, wide, dlse)
@@ -243,10 +275,11 @@ class BackwardWork:
         """Add the gradients that the kernels return, as `_visit`."""
         k, v = block
         dbias = None if on_scores.bias is None else self.dbias
-        dq, dk, dv = self.sum, Sum(k), Sum(v)
+        dq, dk, dv = self.sum, self._sum(k), self._sum(v)
         for tile, terms in self.forward.launches(tiles, on_scores):
-            for total in (dq, dk, dv):
-                total.settle()
+            dq.settle(coming=_rows_of(tile, self.forward.q))
+            for total in (dk, dv):
+                total.settle(coming=_keys_of(tile, k))
             rows, keys = row_index(tile), key_index(tile)
             bias_index = () if dbias is None else term_index(dbias, tile)
             into = Gradients(dbias=None if dbias is None else dbias[bias_index])
@@ -259,6 +292,11 @@ class BackwardWork:
                 if want:
                     total.add(index, part)
         return [total for total, want in zip((dk, dv), wanted, strict=True) if want]
+
+    def _sum(self, like: Array) -> Sum:
+        arithmetic: Any = self.forward.arithmetic
+        gathers = self.forward.fused and _gathers(arithmetic, like)
+        return Sum(like, arithmetic.summed_together if gathers else None)
 
     def _carried_dtype(self, x: Array) -> Any:
         narrow = travels_narrow(x, self.forward.kernels, len(self.forward.lengths))
@@ -323,19 +361,28 @@ class Sum:
     half type are then rounded once, as their sum in the accumulation dtype would be.
     """
 
-    def __init__(self, like: Array) -> None:
+    def __init__(self, like: Array, together: Callable[..., Array | None] | None = None) -> None:
         self._like = like
         self._total: Array | None = None
         self._last: tuple[tuple[Any, ...], Array] | None = None
+        self._together = together
+        self._waiting: list[tuple[tuple[Any, ...], Array]] = []
 
-    def settle(self) -> None:
-        """Add what was kept for the last, which it is not."""
+    def settle(self, coming: int = 0) -> None:
+        """Add what was kept for the last, which it is not. coming: how many rows the next part has."""
+        if self._waiting:
+            held = sum(math.prod(part.shape[:3]) for _, part in self._waiting)
+            if held + coming > _WAITING * math.prod(self._like.shape[:3]):
+                self._add_waiting()
         if self._last is not None:
             self._total = add(_widened(self._started()), *self._last)
             self._last = None
 
     def add(self, index: tuple[Any, ...], part: Array) -> None:
         """One part more, of the rows at ``index``."""
+        if self._together is not None:
+            self._waiting.append((index, part))
+            return
         self.settle()
         if self._total is None and part.shape == self._like.shape:
             self._total = part
@@ -345,12 +392,25 @@ class Sum:
     def take(self, last: bool = True) -> Array:
         """The sum, in the dtype of its parts if they are two at most, else in the accumulation dtype.
 
-        last: nothing is added to it any more. Else it is in a half type only if it is one part.
+        last: nothing is added to it any more. Else it is in a half type only if it is one part. Parts that were brought
+        together in one pass are rounded once, to the dtype of what the gradient is of.
         """
+        if last and self._together is not None and len(self._waiting) > 2:
+            found = self._together(self._like, self._waiting, self._like.dtype)
+            if found is not None:
+                self._waiting, self._total, self._together = [], found, None
+                return found
+        self._add_waiting()
         if self._last is None:
             return self._started()
         total, (_, part) = self._started(), self._last
         return add(total if last and total.dtype == part.dtype else _widened(total), *self._last)
+
+    def _add_waiting(self) -> None:
+        """From now on one is added after the other."""
+        waiting, self._waiting, self._together = self._waiting, [], None
+        for index, part in waiting:
+            self.add(index, part)
 
     def _started(self) -> Array:
         return _zeros(self._like) if self._total is None else self._total
@@ -360,6 +420,22 @@ def block_spec(x: Array, dtype: Any, lengths: Sequence[int], move: Move) -> Spec
     """What the rows of x's like that move look like, of an owner that has so many."""
     height = lengths[move.block] if move.rows is None else len(move.rows)
     return Spec((*x.shape[:2], height, x.shape[3]), x, dtype)
+
+
+def _gathers(arithmetic: Arithmetic, x: Array) -> bool:
+    """Whether many partials and parts of gradients on x's device are better brought together in one pass."""
+    gathers = getattr(arithmetic, "gathers", None)
+    return gathers is not None and bool(gathers(x))
+
+
+def _rows_of(tile: Tile, x: Array) -> int:
+    """How many rows of q, over batch entries and heads, the tile has."""
+    return len(range(x.shape[0])[tile.batch]) * tile.heads * tile.height
+
+
+def _keys_of(tile: Tile, x: Array) -> int:
+    """How many keys, over batch entries and heads, the tile has."""
+    return len(range(x.shape[0])[tile.batch]) * len(range(x.shape[1])[tile.k_heads]) * tile.width
 
 
 def _covers(x: Array, tile: Tile) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -78,6 +79,61 @@ def finished(
         return one_pass.divided(out, total, dtype), maximum, total
     out.div_(total.masked_fill(~partial.seen, 1.0)[..., None])
     return out.to(dtype), maximum, total
+
+
+def gathers(x: torch.Tensor) -> bool:
+    """Whether many partials, or parts of a gradient, of such arrays are brought together in one pass at the end."""
+    return x.is_cuda and x.dtype != torch.float64 and _triton() is not None
+
+
+def finished_together(
+    q: torch.Tensor, width: int, parts: Sequence[tuple[tuple[Any, ...], Partial]], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """out in ``dtype``, maximum and total of fused kernels' partials, each of some rows of q; None: one by one."""
+    known = _known(q, [(index, part.weighted, part.maximum) for index, part in parts])
+    if known is None or not all(_all_one(part.total) for _, part in parts):
+        return None
+    from ringcore_torch.together import merged
+
+    out = _memory_like(q, width, dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    merged(out, lse, known)
+    return out, lse, _ones_like(lse)
+
+
+def summed_together(
+    like: torch.Tensor, parts: Sequence[tuple[tuple[Any, ...], torch.Tensor]], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The sum of parts, each of some rows of ``like``, in ``dtype``; None: one by one."""
+    known = _known(like, [(index, part, None) for index, part in parts])
+    if known is None:
+        return None
+    from ringcore_torch.together import summed
+
+    out = _memory_like(like, like.shape[3], dtype)
+    summed(out, known)
+    return out
+
+
+def _known(
+    like: torch.Tensor, parts: Sequence[tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None]]
+) -> list[Any] | None:
+    """The parts as one pass takes them, or None: some are of a few batch entries alone, or too many of one head."""
+    from ringcore_torch.together import Part, fits
+
+    batch, heads, rows = (range(length) for length in like.shape[:3])
+    if any(batch[index[0]] != batch or values.stride(-1) != 1 for index, values, _ in parts):
+        return None
+    known = [Part(heads[index[1]], rows[index[2]], values, lse) for index, values, lse in parts]
+    return known if fits(known, len(heads)) else None
+
+
+def _memory_like(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for [B, H, S, width], heads and rows in the order in which x has them."""
+    batch, heads, rows, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return torch.empty((batch, rows, heads, width), dtype=dtype, device=x.device).transpose(1, 2)
+    return torch.empty((batch, heads, rows, width), dtype=dtype, device=x.device)
 
 
 def _finished_in_place(state: Partial, dtype: torch.dtype, rows: tuple[Any, ...], part: Partial) -> bool:

@@ -64,3 +64,31 @@ def compiled(name, dtype, width, capability, **chosen):
             aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_what_brings_parts_together_compiles(weighs, count, capability):
+    """With eight numbers of a half type in each load and store."""
+    kernel = importlib.import_module("ringcore_torch.together")._together
+    each = {"firsts", "steps", "counts", "value_batches", "value_rows", "known_batches", "known_rows"}
+    choices = {"weighs": weighs, "count": count, "block": 16, "columns": 128}
+    signature, constants, aligned = {}, {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in choices:
+            signature[argument], constants[argument] = "constexpr", choices[argument]
+        elif argument in ("out", "lse"):
+            signature[argument] = "*fp32" if weighs and argument == "lse" else "*bf16"
+        elif argument in ("values", "known"):
+            signature[argument] = ("*fp32" if weighs and argument == "known" else "*bf16",) * count
+        else:
+            signature[argument] = ("i32",) * count if argument in each else "i32"
+        if argument in ("out", "ob", "os", "width"):
+            aligned[place,] = [["tt.divisibility", 16]]
+        if argument in ("values", "value_batches", "value_rows"):
+            aligned |= {(place, n): [["tt.divisibility", 16]] for n in range(count)}
+    source = ASTSource(kernel, signature, constants, aligned)
+    text = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+    assert text.count("ld.global.v4.b32") == 2 * count
+    assert text.count("st.global.v4.b32") == 2

@@ -11,6 +11,8 @@ import torch
 from terms import NAMES, check, check_nan
 
 import ringcore
+from ringcore.merge import merge_rows
+from ringcore_torch import partials
 from ringcore_torch.triton_cuda import Triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -90,3 +92,68 @@ def test_the_bits_are_the_same_again():
 
     for first, second in zip(gradients(), gradients(), strict=True):
         assert torch.equal(first, second)
+
+
+SLICES = (
+    (slice(0, 4), slice(0, 37)),
+    (slice(0, 3, 2), slice(0, 37, 2)),
+    (slice(1, 4, 2), slice(1, 36, 2)),
+    (slice(3, 4), slice(3, 36, 4)),
+    (slice(0, 2), slice(5, 6)),
+)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_partials_come_together_in_one_pass(dtype, first):
+    """Equal to one after the other; rows that saw nothing hold NaN, and give 0."""
+    q, parts = torch.empty(2, 4, 37, 1), []
+    state = ringcore.empty_partial(q, 24)
+    for heads, rows in SLICES[first:]:
+        index = slice(None), heads, rows, ...
+        shape = q[index].shape[:3]
+        weighted = torch.randn(*shape, 24).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        lse = torch.randn(shape)
+        lse[0, 0, 0], weighted[0, 0, 0] = -torch.inf, torch.nan
+        parts.append((index, ringcore.Partial(weighted, lse, torch.ones(()).expand(shape))))
+        state = merge_rows(state, *parts[-1])
+    due = state.out
+    out, lse, total = partials.finished_together(q, 24, parts, dtype)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), due, atol=2e-3 if dtype == torch.float16 else 1e-5, rtol=2e-3)
+    torch.testing.assert_close(lse, state.lse, atol=1e-5, rtol=1e-5)
+    assert total.numel() == lse.numel()
+
+
+@pytest.mark.parametrize("axes", ["heads first", "rows first"])
+def test_parts_of_a_gradient_come_together_in_one_pass(axes):
+    like = torch.empty(2, 4, 37, 24) if axes == "heads first" else torch.empty(2, 37, 4, 24).transpose(1, 2)
+    due, parts = torch.zeros(2, 4, 37, 24), []
+    for heads, rows in SLICES[1:]:
+        index = slice(None), heads, rows, ...
+        parts.append((index, torch.randn(due[index].shape).half()))
+        due[index] += parts[-1][1]
+    came = partials.summed_together(like, parts, torch.float32)
+    assert came.stride() == like.stride()
+    torch.testing.assert_close(came, due)
+    assert partials.summed_together(like, parts * 5, torch.float32) is None  # more of one head than one pass takes
+    of_one_entry = (slice(0, 1), *parts[0][0][1:]), parts[0][1][:1]
+    assert partials.summed_together(like, [*parts, of_one_entry], torch.float32) is None
+
+
+def test_a_call_of_many_tiles_is_brought_together(monkeypatch):
+    """As on a GPU: all partials, and all parts of each gradient, in one pass."""
+    ran = []
+    monkeypatch.setattr(partials, "gathers", lambda x: True, raising=True)
+    for name in ("finished_together", "summed_together"):
+        own = getattr(partials, name)
+        monkeypatch.setattr(partials, name, lambda *a, own=own: ran.append(own.__name__) or own(*a))
+    q, k, v, dout = (torch.randn(1, 4, 32, 8) for _ in range(4))
+    branches = {"segment_lengths": [8, 16], "dilation_rates": [2, 4], "causal": True}
+    (out, lse), pullback = ringcore.dilated_attention_vjp(q, k, v, kernels="torch.cpu", **branches)
+    gradients = pullback(dout)
+    wide = [x.double() for x in (q, k, v)]
+    (due, due_lse), of_due = ringcore.dilated_attention_vjp(*wide, kernels="reference", **branches)
+    for mine, expected in zip((out, lse, *gradients), (due, due_lse, *of_due(dout.double())), strict=True):
+        torch.testing.assert_close(mine.double(), expected, atol=1e-5, rtol=1e-5)
+    assert ran == ["finished_together", *["summed_together"] * 3]
