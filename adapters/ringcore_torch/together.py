@@ -12,6 +12,7 @@ import triton.language as tl
 _ROWS = 16  # that one program makes
 _COLUMNS = 128  # of a row that a program holds at a time
 _MOST = 8  # parts of one head
+_UNIT = 16  # numbers come in this unit, for Triton compiles anew for 1, for multiples of 16 and for others
 
 Tensor = torch.Tensor
 
@@ -51,27 +52,28 @@ def _over_heads(out: Tensor, lse: Tensor | None, parts: Sequence[Part]) -> None:
         known = tuple(own if part.lse is None else part.lse[:, part.heads.index(head)] for part in mine)
         _together[(blocks * batch,)](
             out[:, head], own, values, known,
-            tuple(part.rows.start for part in mine), tuple(part.rows.step for part in mine),
-            tuple(len(part.rows) for part in mine),
+            tuple(part.rows.start * _UNIT for part in mine), tuple(part.rows.step * _UNIT for part in mine),
+            tuple(len(part.rows) * _UNIT for part in mine),
             tuple(x.stride(0) for x in values), tuple(x.stride(1) for x in values),
             tuple(x.stride(0) for x in known), tuple(x.stride(1) for x in known),
             blocks, rows, width, out.stride(0), out.stride(2), own.stride(0), own.stride(1),
-            weighs=lse is not None, count=len(mine), block=_ROWS, columns=columns,
+            weighs=lse is not None, count=len(mine), block=_ROWS, columns=columns, unit=_UNIT,
         )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _row_of(row, first, step, count) -> Any:  # type: ignore[no-untyped-def]
+def _row_of(row, first, step, count, unit: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
     """Which row of a part holds these rows, and whether it does."""
+    first, step = first // unit, step // unit
     place = (row - first) // step
-    return place, (row >= first) & (place * step + first == row) & (place < count)
+    return place, (row >= first) & (place * step + first == row) & (place < count // unit)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _together(  # type: ignore[no-untyped-def]
     out, lse, values, known, firsts, steps, counts, value_batches, value_rows, known_batches, known_rows,
     blocks, rows, width, ob, os, lb, ls,
-    weighs: tl.constexpr, count: tl.constexpr, block: tl.constexpr, columns: tl.constexpr,
+    weighs: tl.constexpr, count: tl.constexpr, block: tl.constexpr, columns: tl.constexpr, unit: tl.constexpr,
 ) -> Any:  # fmt: skip
     number = tl.program_id(0)
     batch = (number // blocks).to(tl.int64)
@@ -81,12 +83,12 @@ def _together(  # type: ignore[no-untyped-def]
     sums = tl.zeros((block,), tl.float32)
     if weighs:
         for n in tl.static_range(count):
-            place, here = _row_of(row, firsts[n], steps[n], counts[n])
+            place, here = _row_of(row, firsts[n], steps[n], counts[n], unit)
             score = known[n] + batch * known_batches[n] + place * known_rows[n]
             largest = tl.maximum(largest, tl.load(score, inside & here, float("-inf")))
         reference = tl.where(largest == float("-inf"), 0.0, largest)
         for n in tl.static_range(count):
-            place, here = _row_of(row, firsts[n], steps[n], counts[n])
+            place, here = _row_of(row, firsts[n], steps[n], counts[n], unit)
             score = known[n] + batch * known_batches[n] + place * known_rows[n]
             sums += tl.exp(tl.load(score, inside & here, float("-inf")) - reference)
         unseen = sums == 0.0
@@ -97,7 +99,7 @@ def _together(  # type: ignore[no-untyped-def]
         column = start + tl.arange(0, columns)[None, :]
         total = tl.zeros((block, columns), tl.float32)
         for n in tl.static_range(count):
-            at, shown = _row_of(row, firsts[n], steps[n], counts[n])
+            at, shown = _row_of(row, firsts[n], steps[n], counts[n], unit)
             shown = inside & shown
             weight = tl.full((block,), 1.0, tl.float32)
             if weighs:

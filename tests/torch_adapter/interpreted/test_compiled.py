@@ -73,7 +73,7 @@ def test_what_brings_parts_together_compiles(weighs, count, capability):
     """With eight numbers of a half type in each load and store."""
     kernel = importlib.import_module("ringcore_torch.together")._together
     each = {"firsts", "steps", "counts", "value_batches", "value_rows", "known_batches", "known_rows"}
-    choices = {"weighs": weighs, "count": count, "block": 16, "columns": 128}
+    choices = {"weighs": weighs, "count": count, "block": 16, "columns": 128, "unit": 16}
     signature, constants, aligned = {}, {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in choices:
