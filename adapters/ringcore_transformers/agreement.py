@@ -34,21 +34,15 @@ def settle(
     one of them. Later layers find the answer in ``mask`` and only check themselves.
     """
     rows = query.shape[2]
-    if getattr(mask, "settled", None):
-        try:
-            check()
-        except BaseException as error:
-            if ring is not None:  # the others are past this layer's check, and would wait
-                find_transport(ring).abort(error)
-            raise
-        return mask.settled[0]
+    if (before := settled_before(ring, mask, check)) is not None:
+        return before
 
     def describe() -> dict[str, Any]:
         check()
         tokens = _count_tokens(mask.padding, rows)
         return {"entries": query.shape[0], "rows": rows, "tokens": tokens, "ends": _document_ends(*ends)}
 
-    notes = _together(ring, describe)
+    notes = together(ring, describe)
     rank = 0 if ring is None else find_transport(ring).rank
     # Without a ring of processes the whole sequence is here, in order, however it is dealt out.
     dealt = layout_of_lengths("contiguous" if ring is None else layout, [note["rows"] for note in notes], "the batch")
@@ -64,12 +58,28 @@ def settle(
             _check_padding(mask.padding, places.to(query.device), found.key_lengths)
         return {}
 
-    _together(ring, compare)
+    together(ring, compare)
     mask.settled.append(found)
     return found
 
 
-def _together(ring: Any, describe: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+def settled_before(ring: Any, mask: ModelMask, check: Callable[[], None]) -> Settled | None:
+    """What an earlier layer of this forward pass found; None for the first layer, which has to ask.
+
+    Raises what ``check`` raises, on every rank, if there was an earlier layer.
+    """
+    if not getattr(mask, "settled", None):
+        return None
+    try:
+        check()
+    except BaseException as error:
+        if ring is not None:  # the others are past this layer's check, and would wait
+            find_transport(ring).abort(error)
+        raise
+    return mask.settled[0]
+
+
+def together(ring: Any, describe: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
     """Every rank's note; where one rank fails, all raise: itself its error, the others PeerError."""
     if ring is None:
         return [describe()]
@@ -180,7 +190,7 @@ def _check_positions(
         f"position_ids[{entry}, {token}] is {int(position_ids[entry, token])} on {who}, but the layout gives that "
         f"token position {int(due[token])}{' of its document' if documents else ''}. "
         + ("Positions that start anew mean packed documents: say where with cu_seq_lens_q. " if restart else "")
-        + HELPER
+        + f"{HELPER} To generate, give every rank whole prompts and past_key_values=ringcore_transformers.RingCache()."
     )
 
 

@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ringcore import Kernels, KeywordError, Layout, UnsupportedError, ring_attention
 from ringcore_transformers.agreement import settle
+from ringcore_transformers.cache_layer import NewKeys
+from ringcore_transformers.cached_attention import attend_to_cache, check_cached
 from ringcore_transformers.keywords import check_dropout, check_keywords
 from ringcore_transformers.model_mask import ModelMask, read_mask
 
@@ -56,21 +58,16 @@ class RingAttention:
     kernels: Kernels | str | None
 
     def mask(
-        self, *, q_length: int, kv_length: int, mask_function: Any, q_offset: int = 0, kv_offset: int = 0,
+        self, *, kv_length: int, mask_function: Any, q_offset: int = 0, kv_offset: int = 0,
         attention_mask: torch.Tensor | None = None, **form: Any,
     ) -> ModelMask:  # fmt: skip
         """What the model's mask lets a query see; transformers calls it once for each kind of mask in a forward pass.
 
         form: how other attentions want their mask written; there is no matrix here.
-        Raises UnsupportedError for a past (a KV cache) and for masks that ring attention lacks.
+        Raises UnsupportedError for masks that ring attention lacks; a past is for attention to judge.
         """
-        if int(q_offset) or int(kv_offset) or (attention_mask is None and kv_length != q_length):
-            raise UnsupportedError(
-                f"the model's mask has {q_length} queries from {int(q_offset)} on and {kv_length} keys from "
-                f"{int(kv_offset)} on: a KV cache with a past, or attention to another sequence. Ring attention under "
-                "transformers lacks both; pass use_cache=False, and generate with another attn_implementation."
-            )
-        return replace(read_mask(mask_function), padding=attention_mask)
+        columns = range(int(kv_offset), int(kv_offset) + kv_length)
+        return replace(read_mask(mask_function), padding=attention_mask, first=int(q_offset), columns=columns)
 
     def __call__(
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -80,6 +77,8 @@ class RingAttention:
         cu_seq_lens_k: torch.Tensor | None = None, **keywords: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Attention of one layer: query [B, H, S, D], key and value [B, Hk, S, D] give ([B, S, H, D], None).
+
+        With a `RingCache` key and value are what its ``update`` gave, and query is the same on every rank.
 
         s_aux: the layer's sinks [H]. cu_seq_lens_q, cu_seq_lens_k: where packed documents begin and end in the whole
             sequence, the same on every rank.
@@ -91,20 +90,26 @@ class RingAttention:
         # Without a mask the model leaves it to attention: the reading of transformers' own attention functions.
         mask = ModelMask(is_causal) if attention_mask is None else attention_mask
 
+        ends = cu_seq_lens_q, cu_seq_lens_k
+
         def check() -> None:
             check_dropout(dropout)
             check_keywords(keywords)
             _check_mask(mask, is_causal, sliding_window)
-            if key.shape[2] != query.shape[2]:
-                raise UnsupportedError(
-                    f"attention has {query.shape[2]} queries and {key.shape[2]} keys on this rank: a KV cache with a "
-                    "past, or attention to another sequence. Ring attention under transformers lacks both."
-                )
+            if isinstance(key, NewKeys):
+                check_cached(key, query, mask, s_aux, documents=any(x is not None for x in ends))
+                return
+            _check_past(mask, query, key)
             if self.ring is not None:
                 _check_split(module, attention_mask)
                 _check_temperature(module)
 
-        ends = cu_seq_lens_q, cu_seq_lens_k
+        if isinstance(key, NewKeys):
+            out = attend_to_cache(
+                key, query, mask, check, ring=self.ring, ring_size=self.ring_size, kernels=self.kernels, scale=scaling,
+                softcap=softcap, sinks=s_aux,
+            )  # fmt: skip
+            return out.transpose(1, 2).contiguous(), None
         settled = settle(self.ring, self.layout, mask, query, position_ids, ends, check)
         out = ring_attention(
             query, key, value, ring=self.ring, ring_size=self.ring_size, causal=mask.causal, window=mask.window,
@@ -112,6 +117,20 @@ class RingAttention:
             layout=self.layout, kernels=self.kernels,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
+
+
+def _check_past(mask: ModelMask, query: torch.Tensor, key: torch.Tensor) -> None:
+    """That there is none: all queries and keys are of this forward pass."""
+    rows, columns = query.shape[2], range(key.shape[2]) if mask.columns is None else mask.columns
+    # Padding of another length than the mask's is told later.
+    past = mask.first or columns.start or (mask.padding is None and len(columns) != rows)
+    if past or key.shape[2] != rows or any(settled.left is not None for settled in mask.settled):
+        raise UnsupportedError(
+            f"attention has {rows} queries from {mask.first} on, {key.shape[2]} keys on this rank, and a mask of "
+            f"{len(columns)} keys from {columns.start} on: a KV cache with a past, or attention to another sequence. "
+            "Ring attention under transformers lacks both, but for a cache of its own: generate with "
+            "past_key_values=ringcore_transformers.RingCache(), or pass use_cache=False."
+        )
 
 
 def _check_temperature(module: torch.nn.Module) -> None:

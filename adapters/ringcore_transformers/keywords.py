@@ -9,7 +9,7 @@ from ringcore import UnsupportedError
 
 # What each does elsewhere, so that attention need not look at it.
 HARMLESS = {
-    "use_cache": "a first pass fills a cache with this rank's keys; a later one, which has a past, is refused",
+    "use_cache": "a first pass fills a cache with this rank's keys; a past in any but a RingCache is refused",
     "output_hidden_states": "hidden states are collected outside of attention",
     "num_items_in_batch": "the loss divides by it",
     "shift_labels": "the loss compares logits with them",

@@ -23,11 +23,12 @@ class MaskReadError(UnsupportedError, AttributeError):
 class Settled:
     """What the ranks agreed on for a forward pass: the keys of each batch entry, and packed documents; None is all.
 
-    Chunks are documents too.
+    Chunks are documents too. left: over a RingCache, and only there, the padding on the left of each batch entry.
     """
 
     key_lengths: tuple[int, ...] | None
     documents: Documents | None
+    left: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -36,7 +37,8 @@ class ModelMask:
 
     causal, window: as in `ringcore.ring_attention`. packed: whether transformers took jumps of the position ids for
     borders of documents. chunk: of how many positions those are that see each other and nothing before; None is all.
-    padding: [B, columns], True for a token, False for padding, or None. rows: the tokens here. settled: what the ranks
+    padding: [B, columns], True for a token, False for padding, or None. first, columns: of which places in a KV cache
+    the first query and the keys are, as transformers counts them; None if it did not say. settled: what the ranks
     agreed on; found by the first layer, read by the others.
     """
 
@@ -45,6 +47,8 @@ class ModelMask:
     packed: bool = False
     chunk: int | None = None
     padding: torch.Tensor | None = None
+    first: int = 0
+    columns: range | None = None
     settled: list[Settled] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:

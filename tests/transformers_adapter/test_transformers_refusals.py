@@ -86,14 +86,18 @@ def test_a_cache_with_a_past(ring):
     past = model(input_ids=draw_ids(), use_cache=True).past_key_values
     with pytest.raises(UnsupportedError, match="KV cache with a past"):
         model(input_ids=draw_ids(length=2), past_key_values=past)
-    with pytest.raises(UnsupportedError, match="KV cache with a past"):
+    with pytest.raises(UnsupportedError, match=r"generate with past_key_values=ringcore_transformers\.RingCache"):
         model.generate(draw_ids(), max_new_tokens=3, do_sample=False)
 
 
 def test_a_mask_that_begins_after_a_past(ring):
-    for offsets in ({"q_offset": torch.tensor(3)}, {"kv_offset": 3}):
-        with pytest.raises(UnsupportedError, match=r"2 queries from . on and 2 keys from . on: a KV cache with a past"):
-            ring.mask(q_length=2, kv_length=2, mask_function=causal_mask_function, **offsets)
+    x = torch.ones(2, 4, 2, 8)
+    for offsets in ({"q_offset": torch.tensor(3)}, {"kv_offset": 3}, {"kv_length": 4}):
+        mask = ring.mask(**{"kv_length": 2, "mask_function": causal_mask_function, **offsets})
+        with pytest.raises(
+            UnsupportedError, match=r"2 queries from . on, 2 keys .* a mask of . keys from . on: a KV cache"
+        ):
+            ring(torch.nn.Identity(), x, x, x, mask)
 
 
 def test_a_ready_made_mask(ring):

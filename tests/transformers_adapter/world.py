@@ -2,19 +2,22 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+from generating import CASES, generate, poison, prepare
 from models import CONFIGS, PACKED, build, draw_ids, packed_batch
 from training import STEPS, batches, start, step
 
 import ringcore
 import ringcore_transformers
-from ringcore_transformers import loss, split_batch, sum_gradients
+from ringcore_transformers import RingCache, cache_layer, loss, split_batch, sum_gradients
 
 PADDED = [(13, 6, 1), (13, 8, 12)]  # the tokens of each batch entry
 LAYOUTS = ["contiguous", "zigzag", "striped"]
@@ -145,6 +148,70 @@ def mesh(group, rank, size):
     ringcore_transformers.register("ring", ring=line, layout="zigzag")
     model, optimizer = start("ring")
     return step(model, optimizer, split_batch(next(iter(batches())), "zigzag", rank, size), line)
+
+
+def generation(group, rank, size):
+    """Every case of generating: the tokens, and how many places this rank has for them in each layer."""
+    ringcore_transformers.register("ring", ring=group, layout="zigzag")  # which a cache does not care for
+    found = {}
+    with patch.object(torch.Tensor, "new_empty", poison):
+        for case in CASES:
+            model, keywords = prepare(*case)
+            cache = RingCache()
+            tokens = generate(model, "ring", **keywords, past_key_values=cache)
+            found[case] = tokens, cache.get_seq_length(), [layer.keys.shape[2] for layer in cache.layers]
+    return found
+
+
+def generation_scores(group, rank, size):
+    """Logits of every step, and tokens of a second call that goes on from the first one's cache."""
+    ringcore_transformers.register("ring", ring=group)
+    model, keywords = prepare("llama", "padded", "sampled")
+    cache = RingCache()
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    came = generate(model, "ring", **keywords, **wanted, past_key_values=cache)
+    more = torch.cat([came.sequences, draw_ids(4, 3, seed=8)], 1)
+    mask = torch.nn.functional.pad(keywords["attention_mask"], (0, more.shape[1] - 9), value=1)
+    again = {**keywords, "input_ids": more, "attention_mask": mask}
+    return torch.stack(came.logits), more, generate(model, "ring", **again, past_key_values=cache)
+
+
+def generation_refusals(group, rank, size):
+    """What is wrong when generating, on one rank or between them, is an error on both, and leaves the cache empty."""
+    ringcore_transformers.register("ring", ring=group)
+    model, keywords = prepare("llama", "padded", "greedy")
+    ids, mask = keywords["input_ids"], keywords["attention_mask"]
+    model.set_attn_implementation("ring")
+    used = RingCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :3], attention_mask=mask[:, :3], past_key_values=used)
+    cases = {
+        "other prompts": {"input_ids": (ids + rank) % 61},
+        "other last tokens": {"input_ids": torch.cat([ids[:, :-1], (ids[:, -1:] + rank) % 61], 1)},
+        "other seeds": {"do_sample": True, "top_k": 0, "temperature": 1.5, "seed": rank},
+        "a longer prompt": {name: x[:, rank:] for name, x in (("input_ids", ids), ("attention_mask", mask))},
+        "other padding": {"attention_mask": mask.index_fill(0, torch.tensor([1]), 1) if rank else mask},
+        "padding on the right on one rank": {"attention_mask": mask.flip(1) if rank else mask},
+        "a used cache on one rank": {"past_key_values": used} if rank else {},
+        "a keyword on one rank": {"output_attentions": bool(rank)},
+        "no cache": {"past_key_values": None, "attention_mask": torch.ones_like(mask)},
+    }
+    found = {}
+    for name, changed in cases.items():
+        cache = RingCache()
+        try:
+            generate(model, "ring", **{**keywords, "past_key_values": cache, **changed})
+            found[name] = "nothing", "", cache.get_seq_length()
+        except ringcore.RingcoreError as error:
+            found[name] = type(error).__name__, str(error), cache.get_seq_length()
+    found["again"] = generate(model, "ring", **keywords, past_key_values=RingCache())
+    full = patch.object(cache_layer, "_moved", side_effect=MemoryError("nothing left"))
+    try:
+        with full if rank else nullcontext():
+            generate(model, "ring", **keywords, past_key_values=RingCache())
+    except Exception as error:
+        found["no memory on one rank"] = type(error).__name__, str(error)
+    return found
 
 
 if __name__ == "__main__":
