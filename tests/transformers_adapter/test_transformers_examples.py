@@ -57,3 +57,16 @@ def test_training_in_bfloat16_on_two_ranks_follows_the_losses_of_one_process(tmp
     assert len(found["losses"]["ring"]) == 8
     assert found["losses"]["stock"][7] < found["losses"]["stock"][0] - 1.0
     assert 0.0 < found["relative_difference"]["ring"] < 1e-3
+
+
+@pytest.mark.parametrize("options", [(), ("--sample", "--tokens", "23")], ids=["greedy", "sampled"])
+def test_generating_on_two_ranks_gives_the_tokens_of_one_process(tmp_path, options):
+    program = str(EXAMPLES / "generate_ring.py")
+    run(program, *options, "--json", str(tmp_path / "one.json"))
+    said = run(*LAUNCHER, program, *options, "--json", str(tmp_path / "two.json"))
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["tokens"] == two["tokens"]
+    assert len(set(two["tokens"][-20:])) > 3, "it repeats itself"
+    assert one["places"] / 2 <= two["places"] < 0.7 * one["places"]
+    assert said.count("places for") == 2
