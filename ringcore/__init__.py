@@ -6,7 +6,7 @@ from ringcore.balance import balanced
 from ringcore.call import Call, Result, check_output_gradients
 from ringcore.decoding import decode_attention
 from ringcore.dilated import dilated_attention, dilated_attention_vjp
-from ringcore.discovery import find_transport
+from ringcore.discovery import find_ring, find_transport
 from ringcore.documents import Documents, read_documents
 from ringcore.dropout import Dropout
 from ringcore.errors import (
@@ -26,6 +26,7 @@ from ringcore.errors import (
 )
 from ringcore.exchange import places_at_home
 from ringcore.explanation import Explanation, explain
+from ringcore.grid import Grid, grid_of
 from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths, resolve_layout, striped, zigzag
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
@@ -49,6 +50,7 @@ __all__ = [
     "Explanation",
     "FileError",
     "Gradients",
+    "Grid",
     "Inputs",
     "Kernels",
     "KeywordError",
@@ -83,8 +85,10 @@ __all__ = [
     "dtype_name",
     "empty_partial",
     "explain",
+    "find_ring",
     "find_transport",
     "from_lengths",
+    "grid_of",
     "layout_of_lengths",
     "merge",
     "places_at_home",

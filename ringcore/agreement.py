@@ -17,7 +17,7 @@ from ringcore.documents import Documents
 from ringcore.errors import AgreementError, PeerError
 from ringcore.layout import Layout
 from ringcore.partial import device_kind
-from ringcore.protocols import Transport
+from ringcore.protocols import Members
 
 Checked = TypeVar("Checked")
 
@@ -39,7 +39,7 @@ class Agreed:
     call: str
 
 
-def agree(transport: Transport, check: Callable[[], tuple[Checked, Note]]) -> tuple[Checked, Agreed]:
+def agree(transport: Members, check: Callable[[], tuple[Checked, Note]]) -> tuple[Checked, Agreed]:
     """Run ``check`` on every rank and compare the notes that it returns.
 
     Raises this rank's own error; PeerError if another rank's check failed; AgreementError if the notes differ

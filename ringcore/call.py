@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import array_api_compat
@@ -22,16 +22,19 @@ from ringcore.arguments import (
     swap_axes,
     within_range,
 )
-from ringcore.discovery import choose_kernels, find_arithmetic, find_transport
+from ringcore.arrays import put
+from ringcore.discovery import choose_kernels, find_arithmetic, find_ring
 from ringcore.documents import read_documents
 from ringcore.errors import DeviceError, DtypeError, KeywordError, LayoutError, ShapeError, TransportError
+from ringcore.grid import Grid, check_for_grid
+from ringcore.grid_session import GridSession
 from ringcore.integers import is_integer
 from ringcore.layout import AUTO, Layout
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
-from ringcore.positions import Mask
+from ringcore.positions import Mask, OfHeads
 from ringcore.protocols import Kernels, Transport
 from ringcore.replicated import add_all
-from ringcore.session import LocalSession, ProcessSession, Session, split_term
+from ringcore.session import LocalSession, ProcessSession, Session, Side, split_term
 from ringcore.values import Array, Blocks, Tile, namespace
 from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 
@@ -39,7 +42,7 @@ Further = TypeVar("Further")
 
 _KEPT = 64  # signatures that a call remembers
 _PLAIN = (type(None), bool, int, float, str)
-_known_of_ring: WeakKeyDictionary[Transport, dict[str, dict[Any, Known]]] = WeakKeyDictionary()
+_known_of_ring: WeakKeyDictionary[Transport | Grid, dict[str, dict[Any, Known]]] = WeakKeyDictionary()
 _TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
 GRADIENTS = ("q", "k", "v", "bias", "sinks", "prefix_k", "prefix_v")
 
@@ -89,14 +92,16 @@ class Call:
             if known.local is None:
                 known.local = LocalSession(arguments, _check_ring_size(self.ring, self.ring_size))
             return Prepared(arguments, known.local, known.kernels)
-        transport = find_transport(self.ring, like=inputs.q)
-        remembered = self.remembered(find_transport(self.ring))
+        transport = find_ring(self.ring, like=inputs.q)
+        remembered = self.remembered(find_ring(self.ring))
 
         def check() -> tuple[tuple[Arguments, Known], Note]:
             # Everything that can be wrong on one rank alone belongs here, where the others hear of it.
             known = self.about(remembered, inputs)
             arguments = known.arguments.about(inputs)
             further(arguments)
+            if isinstance(transport, Grid):
+                check_for_grid(arguments, transport)
             if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
                 reserve = getattr(known.kernels, "reserve", None)
@@ -104,7 +109,8 @@ class Call:
                     reserve(arguments.q, arguments.k, arguments.v, gradient=self.gradient)
             if known.common is None:
                 wanted = sorted(self.wrt) if self.gradient else None
-                narrow = self.gradient and travels_narrow(arguments.k, known.kernels, transport.size)
+                ranks = transport.ring.size if isinstance(transport, Grid) else transport.size
+                narrow = self.gradient and travels_narrow(arguments.k, known.kernels, ranks)
                 known.common = common_of(self.name, arguments, wrt=wanted, **{_TRAVEL: narrow})
             return (arguments, known), Note(known.common, (arguments.q.shape[2], arguments.k.shape[2]))
 
@@ -123,11 +129,15 @@ class Call:
             if len(known.agreed) >= _KEPT:
                 known.agreed.clear()
             known.agreed[agreed.q_lengths, agreed.k_lengths] = agreed
-        session = ProcessSession(transport, arguments, agreed)
+        session: Session
+        if isinstance(transport, Grid):
+            session = GridSession(transport, arguments, agreed)
+        else:
+            session = ProcessSession(transport, arguments, agreed)
         with session.guarded():
             return Prepared(arguments, session, known.kernels)
 
-    def remembered(self, transport: Transport | None) -> dict[Any, Known]:
+    def remembered(self, transport: Transport | Grid | None) -> dict[Any, Known]:
         """What calls with equal keywords on the same ring found out, as long as it lives."""
         if self.known is not None:
             return self.known
@@ -191,7 +201,7 @@ class Call:
         if self.gradient:
             _check_wrt(self.wrt, inputs)
             needs |= {"gradient", "bias_gradient"} if "bias" in self.wrt else {"gradient"}
-        sharers = 1 if self.ring is None else find_transport(self.ring).sharers
+        sharers = 1 if self.ring is None else find_ring(self.ring).sharers
         chosen, passed = choose_kernels(self.kernels, arguments.q, arguments.v, needs, sharers)
         return arguments, chosen, passed
 
@@ -237,33 +247,35 @@ class Prepared:
     def __init__(self, arguments: Arguments, session: Session, kernels: Kernels) -> None:
         self.arguments, self.session, self._xp = arguments, session, namespace(arguments.q)
         deal = session.deal
-        qs, ks, vs = (
-            session.split(x, layout)
-            for x, layout in ((arguments.q, deal.q_layout), (arguments.k, deal.k_layout), (arguments.v, deal.k_layout))
-        )
+        qs = [part for (part,) in session.split("q", (arguments.q,))]
+        keys = session.split("k", (arguments.k, arguments.v))
         bias, sinks = (within_range(term, arguments.q) for term in (arguments.bias, arguments.sinks))
         terms = bias, arguments.mask
         biases, masks = (split_term(session, term, len(qs)) for term in terms)
+        heads, key_heads = (session.heads(x.shape[1]) for x in (arguments.q, arguments.k))
         if arguments.mask_of is not None:
-            masks = [arguments.mask_of] * len(qs)
+            some = heads.stop - heads.start < arguments.q.shape[1]
+            masks = [OfHeads(arguments.mask_of, heads, arguments.q.shape[1]) if some else arguments.mask_of] * len(qs)
         prefix: Blocks | None = None
         tiles: list[tuple[Tile, ...]] = [()] * len(qs)
         if arguments.prefix_k is not None and arguments.prefix_v is not None:
-            prefix = arguments.prefix_k, arguments.prefix_v
+            prefix = arguments.prefix_k[:, key_heads, ...], arguments.prefix_v[:, key_heads, ...]
             tiles = [deal.prefix_tiles(rank, arguments.prefix_k.shape[2]) for rank in session.ranks]
+        alibi, sinks = (None if x is None else x[heads] for x in (arguments.alibi, sinks))
+        score = replace(arguments.score, first_head=heads.start) if heads.start else arguments.score
         arithmetic = find_arithmetic(arguments.q)
         self._works = [
             ForwardWork(
-                q, k, v, bias, mask, alibi=arguments.alibi, sinks=sinks, prefix=prefix, prefix_tiles=before,
-                score=arguments.score, kernels=kernels, lengths=deal.k_layout.lengths, arithmetic=arithmetic,
+                q, k, v, bias, mask, alibi=alibi, sinks=sinks, prefix=prefix, prefix_tiles=before,
+                score=score, kernels=kernels, lengths=deal.k_layout.lengths, arithmetic=arithmetic,
             )
-            for q, k, v, bias, mask, before in zip(qs, ks, vs, biases, masks, tiles, strict=True)
+            for q, (k, v), bias, mask, before in zip(qs, keys, biases, masks, tiles, strict=True)
         ]  # fmt: skip
 
     def resume(self, partial: Partial) -> None:
         """Let forward begin with what these queries saw before; ``partial`` stays as it is."""
-        layout, wide = self.session.deal.q_layout, partial.widened
-        parts = zip(*(self.session.split(x, layout) for x in (wide.weighted, wide.maximum, wide.total)), strict=True)
+        wide = partial.widened
+        parts = self.session.split("q", (wide.weighted, wide.maximum, wide.total))
         for work, own in zip(self._works, parts, strict=True):
             work.resume(Partial(*(self._xp.asarray(x, copy=True) for x in own)))
 
@@ -278,8 +290,7 @@ class Prepared:
         with session.guarded():
             session.run(self._works)
             found = [work.partial() for work in self._works]
-            columns = zip(*((part.weighted, part.maximum, part.total) for part in found), strict=True)
-            weighted, maximum, total = (session.join(x, session.deal.q_layout) for x in columns)
+            weighted, maximum, total = session.join("q", [(x.weighted, x.maximum, x.total) for x in found])
             return Partial(weighted, maximum, total, self.arguments.score)
 
     def backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
@@ -288,45 +299,53 @@ class Prepared:
             return self._backward(result, dout, dlse, wrt)
 
     def _forward(self, keep_wide: bool) -> Result:
-        session, layout, dtype = self.session, self.session.deal.q_layout, self.arguments.q.dtype
+        session, dtype = self.session, self.arguments.q.dtype
         session.run(self._works)
         kept = accumulation_dtype(self.arguments.q) if keep_wide else dtype
-        finished = [work.finish(kept) for work in self._works]
-        wide, maximum, total = (session.join(parts, layout) for parts in zip(*finished, strict=True))
+        wide, maximum, total = session.join("q", [work.finish(kept) for work in self._works])
         return Result(self._xp.astype(wide, dtype, copy=False), wide, maximum, total)
 
     def _backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
         arguments, session = self.arguments, self.session
-        deal = session.deal
-
-        def split(x: Array | None) -> list[Any]:
-            return [None] * len(self._works) if x is None else session.split(x, deal.q_layout)
-
         rows = (swap_axes(dout, arguments.axes), dlse, result.out, result.wide, result.maximum, result.total)
-        backward = [
-            BackwardWork(work, *parts, wanted=frozenset(wrt))
-            for work, *parts in zip(self._works, *map(split, rows), strict=True)
+        backward: list[Any] = [
+            BackwardWork(work, *cast(Any, parts), wanted=frozenset(wrt))
+            for work, parts in zip(self._works, session.split("q", rows), strict=True)
         ]
         carried = session.run(backward)
-        split_parts = {"q": [work.dq for work in backward]} if "q" in wrt else {}
-        for place, name in enumerate(name for name in ("k", "v") if name in wrt):
-            split_parts[name] = [blocks[place] for blocks in carried if blocks is not None]
         shares = {name: [work.replicated[name] for work in backward] for name in wrt if name in backward[0].replicated}
+        of_rows = {"q": [work.dq for work in backward]} if "q" in wrt else {}
         if "bias" in wrt and arguments.bias is not None:
-            of_bias = shares if arguments.bias.shape[2] == 1 else split_parts
+            of_bias = shares if arguments.bias.shape[2] == 1 else of_rows
             of_bias["bias"] = [work.dbias for work in backward]
+        of_keys = [name for name in ("k", "v") if name in wrt]
         gradients = self._of_replicated(shares)
-        for name, parts in split_parts.items():
-            layout = deal.k_layout if name in ("k", "v") else deal.q_layout
-            gradients[name] = session.join([self._in_dtype(name, part) for part in parts], layout)
+        gradients |= self._joined("q", list(of_rows), zip(*of_rows.values(), strict=True))
+        gradients |= self._joined("k", of_keys, (blocks for blocks in carried if blocks is not None))
         return tuple(self._as_it_came(name, gradients[name]) for name in wrt)
+
+    def _joined(self, side: Side, names: Sequence[str], parts: Iterable[Blocks]) -> dict[str, Array]:
+        """The gradients of these names, from what each shard that ran here has of their rows."""
+        if not names:
+            return {}
+        typed = [tuple(map(self._in_dtype, names, blocks)) for blocks in parts]
+        return dict(zip(names, self.session.join(side, typed), strict=True))
 
     def _of_replicated(self, shares: dict[str, list[Array]]) -> dict[str, Array]:
         """The gradients of what every rank has whole: of this process's ranks, or of all if that is asked for."""
         sums = {name: add_all(shares[name]) for name in sorted(shares)}
+        sums = {name: x if name == "bias" else self._of_all_heads(name, x) for name, x in sums.items()}
         if sums and self.arguments.reduce_replicated:
             sums = dict(zip(sums, self.session.sum_over_ranks(tuple(sums.values())), strict=True))
         return {name: self._in_dtype(name, total) for name, total in sums.items()}
+
+    def _of_all_heads(self, name: str, share: Array) -> Array:
+        """This rank's share of the gradient of ``name``, with 0 for heads that others compute."""
+        like, axis = getattr(self.arguments, name), 0 if name == "sinks" else 1
+        if share.shape == like.shape:
+            return share
+        whole = self._xp.zeros(like.shape, dtype=share.dtype, device=array_api_compat.device(share))
+        return put(whole, (slice(None),) * axis + (self.session.heads(like.shape[axis]), ...), share)
 
     def _in_dtype(self, name: str, gradient: Array) -> Array:
         """The gradient in the dtype of its input."""

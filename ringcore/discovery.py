@@ -10,6 +10,7 @@ import array_api_compat
 
 from ringcore.arguments import library_name
 from ringcore.errors import KeywordError, MissingDependency, RingcoreError, UnsupportedError
+from ringcore.grid import Grid, grid_of
 from ringcore.merge import StandardArithmetic
 from ringcore.partial import device_kind, dtype_name
 from ringcore.probation import fault
@@ -63,16 +64,34 @@ def find_arithmetic(q: Array) -> Arithmetic:
     return StandardArithmetic() if point is None else _loaded_arithmetic(point.name)
 
 
+def find_ring(ring: Any, like: Any = None) -> Transport | Grid:
+    """What the user gave as ``ring``: a transport, as `find_transport`, or a grid of two."""
+    if isinstance(ring, Grid):
+        return grid_of(find_transport(ring.ring, like), find_transport(ring.heads, like))
+    if isinstance(ring, tuple):
+        if len(ring) != 2:
+            raise KeywordError(
+                f"ring holds {len(ring)} groups; a grid has two, (ring between groups, heads inside one)."
+            )
+        between, inside = (find_transport(each, like) for each in ring)
+        return grid_of(between, inside)
+    transport = _host_transport(ring)
+    if isinstance(transport, Grid):
+        return find_ring(transport, like)
+    carry = _carrier(library_name(like)) if array_api_compat.is_array_api_obj(like) else None
+    return transport if carry is None else carry(transport)
+
+
 def find_transport(ring: Any, like: Any = None) -> Transport:
     """The transport for what the user gave as ``ring``: itself, or an adapter's for a communicator.
 
     like: an array of those that travel. What carries host memory is then put under what carries this library's arrays,
         if they have an adapter of their own. Nothing is sent for that; what is no array is left for the checks.
-    Raises KeywordError if nothing knows this kind of object.
+    Raises KeywordError if nothing knows this kind of object, or if it is a grid.
     """
-    transport = _host_transport(ring)
-    carry = _carrier(library_name(like)) if array_api_compat.is_array_api_obj(like) else None
-    return transport if carry is None else carry(transport)
+    if not isinstance(ring, tuple | Grid) and not isinstance(found := find_ring(ring, like), Grid):
+        return found
+    raise KeywordError("ring is a grid of heads and ring, which ring_attention alone takes. Give one ring.")
 
 
 @lru_cache(maxsize=64)
@@ -82,11 +101,11 @@ def _carrier(name: str) -> Callable[[Transport], Transport] | None:
     return None if point is None else _load(point)
 
 
-def _host_transport(ring: Any) -> Transport:
+def _host_transport(ring: Any) -> Transport | Grid:
     kind: type = type(ring)
     adapt = _transport_adapter(kind)
     if adapt is not None:
-        transport: Transport = adapt(ring)
+        transport: Transport | Grid = adapt(ring)
         return transport
     if isinstance(ring, Transport):
         return ring
@@ -97,7 +116,7 @@ def _host_transport(ring: Any) -> Transport:
 
 
 @lru_cache(maxsize=64)
-def _transport_adapter(kind: type) -> Callable[[Any], Transport] | None:
+def _transport_adapter(kind: type) -> Callable[[Any], Transport | Grid] | None:
     """What makes transports of objects of this type, if their library has an adapter."""
     point = _points("ringcore.transports").get(kind.__module__.partition(".")[0])
     return None if point is None else _load(point)

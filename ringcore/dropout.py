@@ -44,7 +44,7 @@ class Dropout(NamedTuple):
         seed = _absorbed(_absorbed(0, score.seed & _WORD), score.seed >> 32 & _WORD)
         least = min(_WORD, round(score.dropout * (_WORD + 1)))
         scale = 1.0 / (1.0 - score.dropout)
-        heads = tile.q_heads.start, tile.q_heads.step or 1
+        heads = score.first_head + tile.q_heads.start, tile.q_heads.step or 1
         sides = rows.start, rows.step, columns.start, columns.step
         return cls(seed, least, scale, tile.batch.start, *heads, *sides)
 
@@ -69,8 +69,9 @@ def kept_weights(score: Score, tile: Tile, like: Array, dtype: Any) -> Array:
         return xp.reshape(found, tuple(shape))
 
     ((rows,), (columns,)) = tile.row_positions, tile.column_positions
-    leading = (range(part.start, part.stop, part.step or 1) for part in (tile.batch, tile.q_heads))
     draw = Dropout.of(score, tile)
+    heads = range(draw.head, draw.head + tile.heads * draw.head_step, draw.head_step)
+    leading = range(tile.batch.start, tile.batch.stop, tile.batch.step or 1), heads
     of_row: Array | int = draw.seed
     for axis, places in enumerate((*leading, rows)):
         position = numbers(places, axis)

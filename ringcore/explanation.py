@@ -8,11 +8,11 @@ from typing import Any
 
 from ringcore.arguments import Arguments, Inputs, check_flag
 from ringcore.call import Call
-from ringcore.discovery import find_transport
+from ringcore.discovery import find_ring
 from ringcore.layout import AUTO, Layout
 from ringcore.partial import Partial
 from ringcore.positions import NUMBERS, SIDE, Mask
-from ringcore.protocols import Kernels, Transport
+from ringcore.protocols import Kernels, Members
 from ringcore.resumption import check_partial
 from ringcore.session import LocalSession
 from ringcore.values import Array
@@ -106,7 +106,7 @@ def explain(
         layouts = deal.q_layout, deal.k_layout
     where = f"local ring of {ring_size or 1} rank(s), all in this process"
     if ring is not None:
-        transport = find_transport(ring, like=arguments.q)
+        transport = find_ring(ring, like=arguments.q)
         if transport.size > 1:
             transport.check(arguments.q, arguments.k, arguments.v)
         where = transport_words(transport)
@@ -130,6 +130,6 @@ def _layout_words(*layouts: str | Layout) -> str:
     return of_q if of_q == of_k else f"{of_q} for q, {of_k} for k and v"
 
 
-def transport_words(transport: Transport) -> str:
+def transport_words(transport: Members) -> str:
     """How blocks travel, in the transport's own words if it has some."""
     return str(getattr(transport, "explain", type(transport).__name__))

@@ -102,6 +102,22 @@ def from_lengths(lengths: Iterable[int]) -> Layout:
     return Layout(tuple((range(start, end),) for start, end in pairwise(ends)), "contiguous")
 
 
+def of_groups(layout: Layout, size: int) -> Layout:
+    """The layout of groups of so many ranks, each of which has the rows of its ranks, one after the other."""
+    groups = (layout.shards[first : first + size] for first in range(0, layout.size, size))
+    return Layout(tuple(_joined(piece for shard in group for piece in shard) for group in groups), layout.name)
+
+
+def _joined(pieces: Iterable[range]) -> tuple[range, ...]:
+    found: list[range] = []
+    for piece in pieces:
+        if found and piece.step == found[-1].step == 1 and piece.start == found[-1].stop:
+            found[-1] = range(found[-1].start, piece.stop)
+        else:
+            found.append(piece)
+    return tuple(found)
+
+
 NAMED: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 
 

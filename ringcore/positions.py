@@ -68,6 +68,23 @@ def shown(mask: Mask, tile: Tile, like: Array, batch: int, heads: int) -> Array:
     return answer[*(slice(0, 1) if length == 1 else part for length, part in leading), ...]
 
 
+class OfHeads:
+    """A mask of positions for some of the heads that it knows of.
+
+    heads: which of how many.
+    """
+
+    def __init__(self, mask: Mask, heads: slice, count: int) -> None:
+        self._mask, self._heads, self._count = mask, heads, count
+        self.interval = getattr(mask, "interval", None)
+
+    def __call__(self, q_positions: Array, k_positions: Array) -> Array:
+        """What the mask says, of these heads alone."""
+        answer = self._mask(q_positions, k_positions)
+        alike = answer.ndim < 3 or answer.shape[-3] != self._count
+        return answer if alike else answer[..., self._heads, :, :]
+
+
 def bounded(tile: Tile, heads: int) -> Iterator[Tile]:
     """The parts of a tile that its band shows, of no more than NUMBERS pairs over so many heads."""
     side = max(16, isqrt(NUMBERS // heads))

@@ -106,9 +106,8 @@ class Pending(Protocol):
         ...
 
 
-@runtime_checkable
-class Transport(Protocol):
-    """One rank's end of a ring of processes.
+class Members(Protocol):
+    """This rank among those that make a call together: what they say to each other, on the host.
 
     node: ranks with equal numbers can share memory. sharers: how many ranks share this machine's cores.
     """
@@ -126,6 +125,15 @@ class Transport(Protocol):
         """Every rank's note, in the order of ranks: small, on the host, with a deadline."""
         ...
 
+    def abort(self, error: BaseException) -> None:
+        """Tell every peer that this rank failed, so that none waits for it."""
+        ...
+
+
+@runtime_checkable
+class Transport(Members, Protocol):
+    """One rank's end of a ring of processes."""
+
     def exchange(
         self,
         kind: str,
@@ -133,10 +141,6 @@ class Transport(Protocol):
         receives: Sequence[tuple[Move, Sequence[Spec]]],
     ) -> Pending:
         """Start all sends and receives at once. Blocks stay untouched until the answer's wait returns."""
-        ...
-
-    def abort(self, error: BaseException) -> None:
-        """Tell every peer that this rank failed, so that none waits for it."""
         ...
 
 

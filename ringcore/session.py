@@ -7,21 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import Literal, Protocol, TypeAlias, cast
 
 from ringcore.agreement import Agreed, Note, agree
 from ringcore.arguments import Arguments, check_columns
 from ringcore.balance import lightest
 from ringcore.exchange import InPlace, run_rank
-from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
+from ringcore.layout import AUTO, Layout, layout_of_lengths, of_groups, resolve_layout
 from ringcore.local import run_local
 from ringcore.partition import shard, unshard
-from ringcore.protocols import OneSided, Transport
+from ringcore.protocols import Members, OneSided, Transport
 from ringcore.replicated import GatherWork, add_all, gather_plans
 from ringcore.ring import Work, ring
 from ringcore.schedule import ring_plans
 from ringcore.tiling import Visibility, tiles_between
 from ringcore.values import Array, Blocks, Move, Plan, Tile
+
+Side: TypeAlias = Literal["q", "k"]
+"""Whose rows: q's, or those of k and v."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Deal:
         """By these layouts."""
         return cls(q_layout, k_layout, visibility, ring_plans(q_layout, k_layout, visibility))
 
+    def layout(self, side: Side) -> Layout:
+        """That of q's rows, or of k's and v's."""
+        return self.q_layout if side == "q" else self.k_layout
+
     def prefix_tiles(self, rank: int, length: int) -> tuple[Tile, ...]:
         """All of a rank's queries before so many keys that all ranks have, at positions before the first."""
         return _prefix_tiles(self.q_layout.shards[rank], length, self.visibility)
@@ -53,12 +60,16 @@ class Session(Protocol):
         """The ranks that run here."""
         ...
 
-    def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
-        """The shards of x that run here."""
+    def split(self, side: Side, arrays: Sequence[Array | None]) -> list[tuple[Array | None, ...]]:
+        """For each shard that runs here, those of arrays [B, H, S, ...] with the rows of q, or of k."""
         ...
 
-    def join(self, parts: Sequence[Array], layout: Layout, axis: int = 2) -> Array:
-        """What the caller gets, from the shards that ran here."""
+    def join(self, side: Side, parts: Sequence[Blocks]) -> Blocks:
+        """What the caller gets, from what each shard that ran here has of its rows."""
+        ...
+
+    def heads(self, count: int) -> slice:
+        """Which of so many heads are computed here."""
         ...
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
@@ -93,17 +104,25 @@ class LocalSession:
         self.ranks = range(size)
         self._whole = q_layout.whole and k_layout.whole
 
-    def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
-        """Every rank's shard of the whole array x."""
+    def split(self, side: Side, arrays: Sequence[Array | None]) -> list[tuple[Array | None, ...]]:
+        """Every rank's shards of whole arrays."""
         if self._whole:
-            return [x]
-        return [shard(x, layout, rank, layout.size, axis) for rank in range(layout.size)]
+            return [tuple(arrays)]
+        layout = self.deal.layout(side)
+        return [
+            tuple(None if x is None else shard(x, layout, rank, layout.size) for x in arrays)
+            for rank in range(layout.size)
+        ]
 
-    def join(self, parts: Sequence[Array], layout: Layout, axis: int = 2) -> Array:
-        """The whole array."""
+    def join(self, side: Side, parts: Sequence[Blocks]) -> Blocks:
+        """The whole arrays."""
         if self._whole:
             return parts[0]
-        return unshard(parts, layout, axis)
+        return tuple(unshard(shards, self.deal.layout(side)) for shards in zip(*parts, strict=True))
+
+    def heads(self, count: int) -> slice:
+        """All."""
+        return slice(0, count, 1)
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run all ranks' loops in turn."""
@@ -122,22 +141,52 @@ class LocalSession:
         return nullcontext()
 
 
-class ProcessSession:
+class Agreeing:
+    """What sessions of several processes have in common: what goes wrong on one of them, all hear of."""
+
+    def __init__(self, members: Members, agreed: Agreed) -> None:
+        self.members, self.call = members, agreed.call
+
+    def check(self, check: Callable[[], None], name: str) -> None:
+        """Run the check on every rank and agree that it passed."""
+
+        def checked() -> tuple[None, Note]:
+            check()
+            return None, Note(json.dumps({"call": name, f"the call that this {name} belongs to": self.call}).encode())
+
+        agree(self.members, checked)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Tell every rank of a failure, such as too little memory, for which they would wait."""
+        try:
+            yield
+        except BaseException as error:
+            self.members.abort(error)
+            raise
+
+
+class ProcessSession(Agreeing):
     """This rank of a ring of processes."""
 
     def __init__(self, transport: Transport, arguments: Arguments, agreed: Agreed) -> None:
-        self.transport, self.call, self.ranks = transport, agreed.call, (transport.rank,)
+        super().__init__(transport, agreed)
+        self.transport, self.ranks = transport, (transport.rank,)
         visibility = visibility_of(arguments, sum(agreed.q_lengths), sum(agreed.k_lengths))
         layouts = arguments.q_layout, arguments.k_layout
-        self.deal = _dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility)
+        self.deal = dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility)
 
-    def split(self, x: Array, layout: Layout, axis: int = 2) -> list[Array]:
-        """This rank's shard, which x already is."""
-        return [x]
+    def split(self, side: Side, arrays: Sequence[Array | None]) -> list[tuple[Array | None, ...]]:
+        """This rank's shards, which the arrays already are."""
+        return [tuple(arrays)]
 
-    def join(self, parts: Sequence[Array], layout: Layout, axis: int = 2) -> Array:
-        """This rank's shard."""
+    def join(self, side: Side, parts: Sequence[Blocks]) -> Blocks:
+        """This rank's shards."""
         return parts[0]
+
+    def heads(self, count: int) -> slice:
+        """All."""
+        return slice(0, count, 1)
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run this rank's loop."""
@@ -147,24 +196,6 @@ class ProcessSession:
     def sum_over_ranks(self, arrays: Blocks) -> Blocks:
         """Every rank's arrays visit all others, which add them in the order of ranks."""
         return tuple(map(add_all, zip(*gathered(self.transport, arrays), strict=True)))
-
-    def check(self, check: Callable[[], None], name: str) -> None:
-        """Run the check on every rank and agree that it passed."""
-
-        def checked() -> tuple[None, Note]:
-            check()
-            return None, Note(json.dumps({"call": name, f"the call that this {name} belongs to": self.call}).encode())
-
-        agree(self.transport, checked)
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Tell every rank of a failure, such as too little memory, for which they would wait."""
-        try:
-            yield
-        except BaseException as error:
-            self.transport.abort(error)
-            raise
 
 
 def gathered(transport: Transport, arrays: Blocks) -> list[Blocks]:
@@ -222,12 +253,17 @@ def visibility_of(arguments: Arguments, queries: int, keys: int) -> Visibility:
 
 
 @lru_cache(maxsize=64)
-def _dealt(
+def dealt(
     q_layout: str | Layout, k_layout: str | Layout, q_lengths: tuple[int, ...], k_lengths: tuple[int, ...],
-    visibility: Visibility,
+    visibility: Visibility, group: int = 1,
 ) -> Deal:  # fmt: skip
-    """How shards of these lengths are dealt by the layouts. Raises LayoutError if the lengths are not the layouts'."""
+    """How shards of these lengths are dealt by the layouts, to groups of so many ranks.
+
+    Raises LayoutError if the lengths are not the layouts'.
+    """
     q_layout, k_layout = layout_of_lengths(q_layout, q_lengths, "q"), layout_of_lengths(k_layout, k_lengths, "k")
+    if group > 1:
+        q_layout, k_layout = (of_groups(layout, group) for layout in (q_layout, k_layout))
     return Deal.of(q_layout, k_layout, visibility)
 
 
@@ -242,4 +278,4 @@ def split_term(session: Session, term: Array | None, parts: int) -> list[Array |
     """The rows of a bias or mask for each shard here; one row is every shard's."""
     if term is None or term.shape[2] == 1:
         return [term] * parts
-    return list(session.split(term, session.deal.q_layout))
+    return [part for (part,) in session.split("q", [term])]

@@ -135,13 +135,15 @@ class Score:
     """What turns q.k into a score, equal for the whole call.
 
     scale multiplies q.k; softcap, if given, then bounds it to cap * tanh(score / cap). Bias and mask come after.
-    dropout is the rate at which finished weights become 0, seed what decides which ones (see `ringcore.dropout`).
+    dropout is the rate at which finished weights become 0, seed what decides which ones (see `ringcore.dropout`), with
+    first_head, the number of the first head here among those of the whole call.
     """
 
     scale: float
     softcap: float | None = None
     dropout: float = 0.0
     seed: int = 0
+    first_head: int = 0
 
 
 @dataclass(frozen=True)

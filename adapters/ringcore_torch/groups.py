@@ -69,16 +69,22 @@ def _destroyed(cause: Exception) -> TransportError:
     )
 
 
-def _group_of_mesh(mesh: DeviceMesh) -> Any:
-    if mesh.ndim != 1:
-        names = mesh.mesh_dim_names
-        raise KeywordError(
-            f"ring is a mesh of {mesh.ndim} dimensions{f', {names}' if names else ''}; a ring runs along one: give "
-            + (f"mesh[{names[0]!r}]." if names else "mesh.get_group(0).")
-        )
+def groups_of_mesh(mesh: DeviceMesh) -> list[Any]:
+    """The groups along each dimension of a mesh. Raises TransportError unless this process is in it."""
     if mesh.get_coordinate() is None:
         raise TransportError(
             f"rank {dist.get_rank()} of the world is not in the mesh given as ring. Ranks outside of the ring must not "
             "make the call."
         )
-    return mesh.get_group()
+    return list(mesh.get_all_groups())
+
+
+def _group_of_mesh(mesh: DeviceMesh) -> Any:
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        raise KeywordError(
+            f"ring is a mesh of {mesh.ndim} dimensions{f', {names}' if names else ''}; a ring runs along one, and "
+            f"a grid has two, ring and heads: give " + (f"mesh[{names[0]!r}]." if names else "mesh.get_group(0).")
+        )
+    (group,) = groups_of_mesh(mesh)
+    return group

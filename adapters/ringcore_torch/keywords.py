@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringcore import Call, Documents, KeywordError, Layout, read_documents
+from ringcore import Call, Documents, KeywordError, Layout, find_ring, read_documents
 from ringcore_torch.groups import check_member, checked_group, group_of_name
 
 _GROUP = "process group"
@@ -96,6 +96,8 @@ def _named(x: Any) -> Any:
 
 
 def _ring(x: Any) -> Any:
+    if isinstance(x, tuple) or (isinstance(x, DeviceMesh) and x.ndim == 2):
+        x = find_ring(x)  # a grid, which ringcore keeps
     if isinstance(x, ProcessGroup | DeviceMesh):
         return {_GROUP: checked_group(x).group_name}
     return _kept(x)

@@ -16,6 +16,7 @@ from ringcore_torch.rendezvous import Meeting
 
 _CHANNEL = 0
 _LEAST = 1 << 16  # bytes of a slot
+_KEPT = 64  # shapes
 
 Tensor = torch.Tensor
 
@@ -30,6 +31,7 @@ class PeerShares:
         self._handle: Any = None
         self._outgrown: list[Any] = []  # a peer may be reading there
         self._read: Any = None
+        self._known: dict[Any, list[Tensor]] = {}
 
     def of_all(self, x: Tensor) -> Tensor:
         """Copies of all ranks' tensors, which are like x, stacked in the order of ranks. Collective."""
@@ -38,18 +40,30 @@ class PeerShares:
         stream = torch.cuda.current_stream(self._device)
         if self._read is not None:
             stream.wait_event(self._read)  # the last call may have been on another stream
-        start = self._count % 2 * self._room // x.dtype.itemsize
+        slots = self._slots(self._count % 2, tuple(x.shape), x.dtype)
         self._count += 1
-        slots = [self._handle.get_buffer(rank, x.shape, x.dtype, start) for rank in range(self._circle.size)]
         slots[self._circle.rank].copy_(x)
         self._handle.barrier(_CHANNEL, self._deadline)
         found = torch.stack(slots)
         self._read = stream.record_event()
         return found
 
+    def _slots(self, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        """All ranks' slots of this turn as such tensors: kept, for to make one takes the host long."""
+        key = turn, shape, dtype
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            start = turn * self._room // dtype.itemsize
+            ranks = range(self._circle.size)
+            found = self._known[key] = [self._handle.get_buffer(rank, shape, dtype, start) for rank in ranks]
+        return found
+
     def _grow(self, least: int) -> None:
         if self._handle is not None:
             self._outgrown.append(self._handle)
+            self._known.clear()
         self._room = max(_LEAST, 1 << (least - 1).bit_length())
         memory = symmetric_memory.empty(2 * self._room, dtype=torch.uint8, device=self._device)
         self._handle = symmetric_memory.rendezvous(memory, self._meeting.name)

@@ -9,10 +9,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from ringcore import Blocks, Move, Pending, RingcoreError, Spec, UnsupportedError
+from ringcore import Blocks, Grid, Move, Pending, RingcoreError, Spec, UnsupportedError, grid_of
 from ringcore_torch.circle import Circle
-from ringcore_torch.groups import checked_group, next_name
+from ringcore_torch.groups import checked_group, groups_of_mesh, next_name
 from ringcore_torch.messages import GlooMessages
 from ringcore_torch.nccl import NcclMessages
 from ringcore_torch.peer_memory import PeerMemory
@@ -167,12 +168,19 @@ class TorchTransport:
             self._carrier.abort()
 
 
-def adapt(ring: Any) -> TorchTransport:
+def adapt(ring: Any) -> TorchTransport | Grid:
     """The ring of this process group or mesh, made at the first call and kept as long as the group.
 
+    A mesh of two dimensions is a grid: rings run along the first one, heads are dealt along the second.
     The first call is collective. Raises TransportError or KeywordError if no ring can be made of it.
     """
-    group = checked_group(ring)
+    if isinstance(ring, DeviceMesh) and ring.ndim == 2:
+        between, inside = (_ring_of(checked_group(group)) for group in groups_of_mesh(ring))
+        return grid_of(between, inside)
+    return _ring_of(checked_group(ring))
+
+
+def _ring_of(group: Any) -> TorchTransport:
     transport = _rings.get(group)
     if transport is None:
         transport = _rings[group] = TorchTransport(group)

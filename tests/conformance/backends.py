@@ -10,6 +10,7 @@ from inspect import signature
 from typing import Any
 
 import numpy as np
+import pytest
 from cases import Case, either_half_cases, half_cases, half_layout_cases
 from launched import world
 
@@ -273,6 +274,40 @@ class MpiNodesRing(MpiRing):
     node_size = 2
 
 
+class GridRing(ProcessRing):
+    """Grids of the ranks of a ring: groups of two deal heads, where k and v have an even number, else of one.
+
+    What a grid cannot deal by heads it must refuse, on every rank.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.of_heads: dict[int, dict[int, Group | None]] = {}
+
+    def __call__(self, arrays, keywords, layouts, size, axes, wrt=None):
+        self.heads = 2 if size % 2 == 0 and arrays["k"].shape[1] % 2 == 0 else 1
+        self.groups = self.of_heads.setdefault(self.heads, {})
+        # Decoding and keys in two halves are of rings alone: here the whole is attention as ever.
+        keywords = {name: x for name, x in keywords.items() if name not in ("decoded", "resumed")}
+        terms = (isinstance(keywords.get(name), np.ndarray) for name in ("bias", "mask"))
+        if "segment_lengths" not in keywords and not any(terms):
+            return super().__call__(arrays, keywords, layouts, size, axes, wrt)
+        if size not in self.groups:
+            self.groups[size] = self.group(size)
+        if self.groups[size] is not None:
+            with pytest.raises(ringcore.UnsupportedError, match="grid"):
+                super().__call__(arrays, keywords, layouts, size, axes, wrt)
+        return None
+
+
+class MpiGridRing(GridRing, MpiRing):
+    """Grids of MPI processes."""
+
+    def over(self, ring: Any) -> Any:
+        rank, heads = ring.Get_rank(), self.heads
+        return ring.Split(rank % heads, rank), ring.Split(rank // heads, rank)
+
+
 class CupyRing(MpiRing):
     """CuPy's arrays over MPI, all by the carrier that a subclass names."""
 
@@ -340,6 +375,23 @@ class GlooRing(ProcessRing):
         return Group(dist.get_rank(group), group, allgather)
 
 
+class GlooGridRing(GridRing, GlooRing):
+    """Grids of processes under torchrun, over gloo."""
+
+    def group(self, size: int) -> Group | None:
+        import torch.distributed as dist
+
+        found = super().group(size)
+        kept = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
+        ranks = range(size - 1, -1, -1) if kept else range(size)
+        grid = np.array(ranks).reshape(-1, self.heads).tolist()
+        between = [dist.new_group(list(column), **kept) for column in zip(*grid, strict=True)]
+        inside = [dist.new_group(row, **kept) for row in grid]
+        if found is None:
+            return None
+        return replace(found, ring=(between[found.rank % self.heads], inside[found.rank // self.heads]))
+
+
 class NcclRing(GlooRing):
     """As GlooRing, but tensors on GPUs go as NCCL's messages even where GPUs reach each other's memory."""
 
@@ -354,11 +406,13 @@ RINGS = {
     "local": LocalRing,
     "mpi": MpiRing,
     "mpi-nodes": MpiNodesRing,
+    "mpi-grid": MpiGridRing,
     "cupy-ipc": CupyIpcRing,
     "cupy-nccl": CupyNcclRing,
     "cupy-mpi": CupyMpiRing,
     "cupy-host": CupyHostRing,
     "gloo": GlooRing,
+    "gloo-grid": GlooGridRing,
     "nccl": NcclRing,
 }
 
