@@ -32,6 +32,7 @@ from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.partition import shard, unshard
 from ringcore.protocols import Kernels, OneSided, Pending, Reducing, Transport
+from ringcore.routes import DoubleRing
 from ringcore.values import Array, Band, Blocks, Capabilities, Gradients, Move, Plan, Score, Spec, Step, Tile
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "Capabilities",
     "DeviceError",
     "Documents",
+    "DoubleRing",
     "Dropout",
     "DtypeError",
     "Explanation",

@@ -32,11 +32,12 @@ class Note:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the ranks told each other: how many rows of q and of k each one holds, and a name for this call."""
+    """What the ranks told each other: how many rows of q and of k each holds, a name for this call, their machines."""
 
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
     call: str
+    nodes: tuple[int, ...] = ()
 
 
 def agree(transport: Members, check: Callable[[], tuple[Checked, Note]]) -> tuple[Checked, Agreed]:
@@ -46,7 +47,7 @@ def agree(transport: Members, check: Callable[[], tuple[Checked, Note]]) -> tupl
     in anything but the local lengths.
     """
     failure: Exception | None = None
-    head: dict[str, Any] = {"name": os.urandom(8).hex()}
+    head: dict[str, Any] = {"name": os.urandom(8).hex(), "node": transport.node}
     common = b""
     try:
         checked, note = check()
@@ -64,7 +65,8 @@ def agree(transport: Members, check: Callable[[], tuple[Checked, Note]]) -> tupl
         if other != answers[0][1]:
             _explain(json.loads(answers[0][1]), json.loads(other), rank)
     q_lengths, k_lengths = zip(*(other["lengths"] for other in heads), strict=True)
-    return checked, Agreed(tuple(q_lengths), tuple(k_lengths), heads[0]["name"])
+    nodes = tuple(other["node"] for other in heads)
+    return checked, Agreed(tuple(q_lengths), tuple(k_lengths), heads[0]["name"], nodes)
 
 
 def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
@@ -98,6 +100,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "mask of positions": _function_note(arguments.mask_of),
         "reduce_replicated": arguments.reduce_replicated,
         "dilation": None if arguments.dilation is None else astuple(arguments.dilation),
+        "schedule": repr(arguments.schedule),
         "layout of q": _layout_note(arguments.q_layout),
         "layout of k and v": _layout_note(arguments.k_layout),
         **columns,

@@ -15,6 +15,7 @@ from ringcore.partial import Partial
 from ringcore.positions import Mask
 from ringcore.protocols import Kernels
 from ringcore.resumption import check_partial
+from ringcore.routes import RING, Schedule
 from ringcore.values import Array
 
 
@@ -51,6 +52,7 @@ def ring_attention(
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
+    schedule: Schedule = RING,
     axes: str = "bhsd",
     return_lse: bool = False,
     partial: Partial | None = None,
@@ -101,6 +103,10 @@ def ring_attention(
         layout: "contiguous", "zigzag", "striped" or a `Layout`: which rank holds which positions. "auto", without
             ``ring``, is the one with which the most loaded rank has the least work.
         q_layout, k_layout: the same for q (and out), and for k and v, where they differ.
+        schedule: how k and v go around: "ring", from each rank to the next; "double", through the ranks of one machine
+            and meanwhile on to the next machine, or a `DoubleRing` of as many ranks as you say; "bidirectional", half
+            of each block to the next ranks and half to those before. Rows that few ranks read come straight from their
+            owner in any of them, and blocks in memory that ranks share are read where they lie.
         partial: a `Partial` of these queries (on a ring, of this rank's), [B, H, S, ...] whatever ``axes`` says, over
             keys that they saw before: the call goes on from there. It stays as it is.
         return_partial: give a `Partial` instead of out: more keys can come, by ``partial`` or by `ringcore.merge`.
@@ -116,7 +122,8 @@ def ring_attention(
     keywords: dict[str, Any] = {
         "ring": ring, "ring_size": ring_size, "causal": causal, "window": window, "scale": scale, "softcap": softcap,
         "query_offset": query_offset, "key_lengths": key_lengths, "documents": documents, "cu_seqlens": cu_seqlens,
-        "layout": layout, "q_layout": q_layout, "k_layout": k_layout, "axes": axes, "kernels": kernels,
+        "layout": layout, "q_layout": q_layout, "k_layout": k_layout, "schedule": schedule, "axes": axes,
+        "kernels": kernels,
         "dropout": dropout, "dropout_seed": dropout_seed, "reduce_replicated": reduce_replicated,
         "mask_of": mask if callable(mask) else None,
     }  # fmt: skip
@@ -184,6 +191,7 @@ def ring_attention_vjp(
     layout: str | Layout = "contiguous",
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
+    schedule: Schedule = RING,
     axes: str = "bhsd",
     reduce_replicated: bool = False,
     kernels: Kernels | str | None = None,
@@ -201,8 +209,8 @@ def ring_attention_vjp(
     call = Call(
         "ring_attention_vjp", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale,
         softcap=softcap, query_offset=query_offset, key_lengths=key_lengths, documents=documents,
-        cu_seqlens=cu_seqlens, layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
-        dropout=dropout, dropout_seed=dropout_seed, reduce_replicated=reduce_replicated,
+        cu_seqlens=cu_seqlens, layout=layout, q_layout=q_layout, k_layout=k_layout, schedule=schedule, axes=axes,
+        kernels=kernels, dropout=dropout, dropout_seed=dropout_seed, reduce_replicated=reduce_replicated,
         mask_of=mask if callable(mask) else None, gradient=True, wrt=wrt,
     )  # fmt: skip
     return with_pullback(call, Inputs.of(q, k, v, bias, mask, sinks, prefix, alibi))

@@ -17,6 +17,7 @@ from ringcore.integers import integers_of_entries, is_integer
 from ringcore.layout import AUTO, Layout, check_layout_name
 from ringcore.partial import FLOATING, accumulation_dtype, dtype_name
 from ringcore.positions import Mask, shown
+from ringcore.routes import RING, Schedule, check_schedule
 from ringcore.values import Array, Score, Tile, namespace
 
 AXES = ("bhsd", "bshd")
@@ -77,6 +78,7 @@ class Arguments:
     reduce_replicated: bool
     mask_of: Mask | None
     dilation: Dilation | None
+    schedule: Schedule
 
     @property
     def dtype(self) -> str:
@@ -108,6 +110,7 @@ def check_arguments(
     key_lengths: Any, documents: Any = None, cu_seqlens: Any = None, layout: str | Layout,
     q_layout: str | Layout | None = None, k_layout: str | Layout | None = None, axes: str,
     reduce_replicated: bool = False, mask_of: Mask | None = None, dilation: Any = None,
+    schedule: Schedule = RING,
 ) -> Arguments:  # fmt: skip
     """The arguments in full, or the first error among them. Lengths across ranks are checked later."""
     if not isinstance(axes, str) or axes not in AXES:
@@ -122,6 +125,7 @@ def check_arguments(
             continue
         if given is not None or name == "layout":
             check_layout_name(given, name)
+    check_schedule(schedule)
     check_flag("causal", causal)
     check_flag("reduce_replicated", reduce_replicated)
     bias, sinks, q = inputs.bias, inputs.sinks, swap_axes(inputs.q, axes)
@@ -153,6 +157,7 @@ def check_arguments(
         reduce_replicated=bool(reduce_replicated),
         mask_of=mask_of,
         dilation=check_dilation(dilation),
+        schedule=schedule,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.positions import Mask, OfHeads
 from ringcore.protocols import Kernels, Transport
 from ringcore.replicated import add_all
+from ringcore.routes import RING, DoubleRing, Schedule
 from ringcore.session import LocalSession, ProcessSession, Session, Side, split_term
 from ringcore.values import Array, Blocks, Tile, namespace
 from ringcore.work import BackwardWork, ForwardWork, travels_narrow
@@ -41,7 +42,7 @@ from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 Further = TypeVar("Further")
 
 _KEPT = 64  # signatures that a call remembers
-_PLAIN = (type(None), bool, int, float, str)
+_PLAIN = (type(None), bool, int, float, str, DoubleRing)
 _known_of_ring: WeakKeyDictionary[Transport | Grid, dict[str, dict[Any, Known]]] = WeakKeyDictionary()
 _TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
 GRADIENTS = ("q", "k", "v", "bias", "sinks", "prefix_k", "prefix_v")
@@ -76,6 +77,7 @@ class Call:
     reduce_replicated: bool = False
     mask_of: Mask | None = None
     dilation: Any = None
+    schedule: Schedule = RING
     gradient: bool = False
     wrt: Any = ()
     known: dict[Any, Known] | None = field(default=None, repr=False, compare=False)
@@ -104,6 +106,8 @@ class Call:
                 check_for_grid(arguments, transport)
             if transport.size > 1:
                 transport.check(arguments.q, arguments.k, arguments.v)
+                if arguments.schedule != RING and hasattr(transport, "check_schedule"):
+                    transport.check_schedule(arguments.schedule, arguments.q)
                 reserve = getattr(known.kernels, "reserve", None)
                 if reserve is not None:
                     reserve(arguments.q, arguments.k, arguments.v, gradient=self.gradient)
@@ -192,7 +196,7 @@ class Call:
             dropout=self.dropout, dropout_seed=self.dropout_seed, query_offset=self.query_offset,
             key_lengths=self.key_lengths, documents=self.documents, cu_seqlens=self.cu_seqlens, layout=self.layout,
             q_layout=self.q_layout, k_layout=self.k_layout, axes=self.axes, reduce_replicated=self.reduce_replicated,
-            mask_of=self.mask_of, dilation=self.dilation,
+            mask_of=self.mask_of, dilation=self.dilation, schedule=self.schedule,
         )  # fmt: skip
         check_library = _library_check(arguments.q)
         if check_library is not None:

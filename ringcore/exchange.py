@@ -64,9 +64,7 @@ class InPlace:
             return self.transport.exchange(kind, sends, receives)
         reaches = self.transport.reaches
         fetched = {
-            move: self.transport.fetch(
-                move.block, None if move.rows is None else slice_of(move.rows), self._seen(move.block)
-            )
+            move: self.transport.fetch(move.block, None if move.rows is None else slice_of(move.rows), self._seen(move))
             for move, _ in receives
             if reaches(self.rank, move.block)
         }
@@ -77,11 +75,11 @@ class InPlace:
         )
         return _Both(fetched, messages)
 
-    def _seen(self, block: int) -> slice | None:
-        """The rows of a block that are ever read here: all of them where it goes on as a message."""
-        sends = (move for step in self.plan.steps for move in step.sends if move.block == block)
-        goes_on = any(not self.transport.reaches(move.peer, block) for move in sends)
-        return None if goes_on else self.plan.seen(block)
+    def _seen(self, came: Move) -> slice | None:
+        """The rows of what came that are ever read here: all of them where it goes on as a message."""
+        sends = (move for step in self.plan.steps for move in step.sends if move.block == came.block)
+        goes_on = any(not self.transport.reaches(move.peer, came.block) for move in sends)
+        return None if goes_on else self.plan.seen(came.block, came.rows)
 
 
 def places_at_home(

@@ -14,6 +14,7 @@ from ringcore.partial import Partial
 from ringcore.positions import NUMBERS, SIDE, Mask
 from ringcore.protocols import Kernels, Members
 from ringcore.resumption import check_partial
+from ringcore.routes import RING, Schedule
 from ringcore.session import LocalSession
 from ringcore.values import Array
 
@@ -66,6 +67,7 @@ def explain(
     dropout_seed: int | None = None,
     q_layout: str | Layout | None = None,
     k_layout: str | Layout | None = None,
+    schedule: Schedule = RING,
     axes: str = "bhsd",
     return_lse: bool = False,
     partial: Partial | None = None,
@@ -94,7 +96,7 @@ def explain(
     call = Call(
         "explain", ring=ring, ring_size=ring_size, causal=causal, window=window, scale=scale, softcap=softcap,
         query_offset=query_offset, key_lengths=key_lengths, documents=documents, cu_seqlens=cu_seqlens,
-        layout=layout, q_layout=q_layout, k_layout=k_layout, axes=axes, kernels=kernels,
+        layout=layout, q_layout=q_layout, k_layout=k_layout, schedule=schedule, axes=axes, kernels=kernels,
         dropout=dropout, dropout_seed=dropout_seed, reduce_replicated=reduce_replicated,
         mask_of=mask if callable(mask) else None, gradient=bool(wrt), wrt=wrt,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, cast
 from ringcore.arguments import Arguments
 from ringcore.errors import KeywordError, ShapeError, UnsupportedError
 from ringcore.protocols import Transport
+from ringcore.routes import RING
 from ringcore.values import Array
 
 
@@ -107,6 +108,10 @@ def check_for_grid(arguments: Arguments, grid: Grid) -> None:
                 f"{name} is an array of this rank's rows, which a grid of heads and ring does not deal by heads. Say "
                 "it with causal, window, documents, alibi or a mask that is a function, or use a ring alone."
             )
+    if arguments.schedule != RING:
+        raise UnsupportedError(
+            f"schedule is {arguments.schedule!r}, but in a grid keys go around one ring. Leave it out."
+        )
     if arguments.dilation is not None:
         raise UnsupportedError(
             "dilated_attention deals its heads to offsets, not to the ranks of a grid. Give one ring of all ranks."

@@ -28,7 +28,7 @@ class GridSession(Agreeing):
         visibility = visibility_of(arguments, sum(agreed.q_lengths), sum(agreed.k_lengths))
         visibility = replace(visibility, heads=heads, key_heads=key_heads)
         layouts = arguments.q_layout, arguments.k_layout
-        self.deal = dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility, grid.heads.size)
+        self.deal = dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility, group=grid.heads.size)
         first = grid.ring.rank * grid.heads.size
         self._lengths: dict[Side, tuple[int, ...]] = {
             "q": agreed.q_lengths[first : first + grid.heads.size],

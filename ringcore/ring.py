@@ -6,12 +6,12 @@ visits, what stays and what is carried home is the work's business; the plan say
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 from ringcore.arrays import slice_of
-from ringcore.values import Begin, Blocks, Finish, Move, Plan, Spec, Tile
+from ringcore.values import Begin, Blocks, Finish, Held, Move, Plan, Spec, Tile
 
 Loop: TypeAlias = Generator[Begin | Finish, Any, Blocks | None]
 
@@ -53,44 +53,52 @@ def ring(plan: Plan, work: Work) -> Loop:
     Blocks move on while the tiles that read them are computed. Accumulators follow one step behind.
     """
     carries = bool(work.carried_specs(Move(plan.rank, plan.rank)))
-    held = {plan.rank: work.visiting()}
-    arrived_as: dict[int, range | None] = {}
+    held: dict[Held, Blocks] = {(plan.rank, None): work.visiting()}
     own: Blocks | None = None
     leaving: list[Any] = []
     homecoming: list[tuple[Move, Any]] = []
+    moving: Any = None
+    coming: Any = None
+    arrived: Mapping[Move, Blocks] = {}
+    beside = False
     if carries:
         # Asked for before anything is sent: a last guest must never wait for its host to finish.
         for move in plan.home:
             homecoming.append((move, (yield Begin("carried", receives=((move, work.carried_specs(move)),)))))
-    for step in plan.steps:
-        moving = coming = None
+    for place, step in enumerate(plan.steps):
         if step.sends or step.receives:
             moving = yield Begin(
                 "visiting",
-                sends=tuple((move, _rows(held[move.block], move.rows)) for move in step.sends),
+                sends=tuple((move, _held(held, move)) for move in step.sends),
                 receives=tuple((move, work.visiting_specs(move)) for move in step.receives),
             )
-        if carries and step.carry_in:
-            coming = yield Begin("carried", receives=((step.carry_in, work.carried_specs(step.carry_in)),))
+        if carries and not beside:
+            # Of steps that share what moves: both at once, as their peers sent them.
+            expected = [each.carry_in for each in plan.steps[place : place + 1 + step.holds] if each.carry_in]
+            if expected:
+                coming = yield Begin("carried", receives=tuple((move, work.carried_specs(move)) for move in expected))
         if step.block is not None:
-            visitor, tiles = held[step.block], step.tiles
+            visitor, tiles = held[step.block, step.rows], step.tiles
             if carries and step.carry_out:
-                visitor, tiles = _cut(visitor, tiles, step.carry_out[0].rows, arrived_as.get(step.block))
+                visitor, tiles = _cut(visitor, tiles, step.carry_out[0].rows, step.rows)
             share = work.visit(visitor, tiles)
-            if step.carry_in and coming is not None:
-                share = work.combine((yield Finish(coming))[step.carry_in], share)
+            if carries and step.carry_in:
+                if coming is not None:
+                    arrived, coming = (yield Finish(coming)), None
+                share = work.combine(arrived[step.carry_in], share)
             if carries:
-                while leaving:
+                while leaving and not beside:
                     yield Finish(leaving.pop())
                 if step.carry_out:
                     leaving.append((yield Begin("carried", sends=tuple((move, share) for move in step.carry_out))))
                 if not step.carry_out or step.block == plan.rank:
                     own = share
-        if moving is not None:
-            for move, blocks in (yield Finish(moving)).items():
-                held[move.block], arrived_as[move.block] = blocks, move.rows
-        for block in step.drops:
-            del held[block]
+        if moving is not None and not step.holds:
+            held |= {(move.block, move.rows): blocks for move, blocks in (yield Finish(moving)).items()}
+            moving = None
+        for key in step.drops:
+            del held[key]
+        beside = step.holds
     work.complete()
     for move, token in homecoming:
         own = work.combine((yield Finish(token))[move], own or (), move.rows)
@@ -112,6 +120,12 @@ def _cut(
         return replace(tile, columns=columns)
 
     return _rows(block, rows), tuple(map(counted, tiles))
+
+
+def _held(held: dict[Held, Blocks], move: Move) -> Blocks:
+    """What moves on: as it came, or rows of this rank's own block."""
+    came = held.get((move.block, move.rows))
+    return _rows(held[move.block, None], move.rows) if came is None else came
 
 
 def _rows(blocks: Blocks, rows: range | None) -> Blocks:

@@ -12,7 +12,7 @@ from itertools import product, zip_longest
 
 from ringcore.layout import Layout
 from ringcore.tiling import Visibility, pieces, tiles_between
-from ringcore.values import Move, Plan, Step, Tile, span
+from ringcore.values import Held, Move, Plan, Step, Tile, span
 
 Tiles = Callable[[int, int], tuple[Tile, ...]]
 """The tiles of a visitor's block at a resident rank: ``tiles(resident, visitor)``."""
@@ -25,6 +25,21 @@ def ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tu
     Blocks pass around the ring, as far as some rank sees a part of them. Where queries see only keys near them or of
     their document, and it moves less, the rows that a rank reads come straight from their owner.
     """
+    return straight_if_less(one_ring_plans(q_layout, k_layout, visibility), q_layout, k_layout, visibility)
+
+
+def straight_if_less(
+    around: tuple[Plan, ...], q_layout: Layout, k_layout: Layout, visibility: Visibility
+) -> tuple[Plan, ...]:
+    """These plans, or rows straight from their owner where queries see few of them, and it moves less."""
+    if not visibility.near:
+        return around
+    straight = halo_plans(q_layout, k_layout, visibility)
+    return min(around, straight, key=lambda plans: rows_moved(plans, k_layout)[0])
+
+
+def one_ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
+    """Every rank's plan where k and v pass from each rank to the next one."""
 
     @cache
     def tiles(resident: int, visitor: int) -> tuple[Tile, ...]:
@@ -35,11 +50,7 @@ def ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tu
         seen = span(tile for guest in guests for tile in tiles(guest, visitor))
         return None if len(seen) in (0, k_layout.lengths[visitor]) else seen
 
-    around = rotation(q_layout.size, tiles, [rows(visitor) for visitor in range(q_layout.size)])
-    if not visibility.near:
-        return around
-    straight = halo_plans(q_layout, k_layout, visibility)
-    return min(around, straight, key=lambda plans: rows_moved(plans, k_layout)[0])
+    return rotation(q_layout.size, tiles, [rows(visitor) for visitor in range(q_layout.size)])
 
 
 def query_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
@@ -72,7 +83,7 @@ def halo_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tu
     def tiles(resident: int, owner: int) -> tuple[Tile, ...]:
         shard = k_layout.shards[owner]
         if (resident, owner) in parts:
-            shard = _cut(shard, parts[resident, owner])
+            shard = part_of_shard(shard, parts[resident, owner])
         elif resident != owner:
             return ()
         return tiles_between(q_layout.shards[resident], shard, visibility)
@@ -118,7 +129,7 @@ def _rotating_plan(
                 receives=receives,
                 carry_in=Move(before, block, rows[block]) if hop >= 2 else None,
                 carry_out=(Move(after if goes_on else block, block, rows[block]),) if hop else (),
-                drops=(block,),
+                drops=((block, None),),
             )
         )
     home = (Move((rank + hops[rank]) % size, rank, rows[rank]),) if hops[rank] else ()
@@ -144,11 +155,18 @@ class _Draft:
     sends: list[Move] = field(default_factory=list)
     receives: list[Move] = field(default_factory=list)
     carry_out: list[Move] = field(default_factory=list)
-    drops: list[int] = field(default_factory=list)
+    drops: list[Held] = field(default_factory=list)
+    rows: range | None = None
 
     def step(self) -> Step:
         sends, receives, carry_out = (tuple(moves) for moves in (self.sends, self.receives, self.carry_out))
-        return Step(self.block, self.tiles, sends, receives, self.carry_in, carry_out, tuple(self.drops))
+        return Step(self.block, self.tiles, sends, receives, self.carry_in, carry_out, tuple(self.drops), self.rows)
+
+    def uses(self, rank: int) -> Iterator[Held]:
+        if self.block is not None:
+            yield self.block, self.rows
+        for move in self.sends:
+            yield move.block, None if move.block == rank else move.rows
 
 
 def journeys(visits: Sequence[Sequence[Visit]], tiles: Tiles) -> tuple[Plan, ...]:
@@ -166,7 +184,7 @@ def journeys(visits: Sequence[Sequence[Visit]], tiles: Tiles) -> tuple[Plan, ...
             drafts[visit.giver][visit.sent].sends.append(Move(visit.guest, owner, visit.rows))
             drafts[visit.guest][visit.sent].receives.append(Move(visit.giver, owner, visit.rows))
             draft = drafts[visit.guest][visit.step]
-            draft.block, draft.tiles = owner, tiles(visit.guest, owner)
+            draft.block, draft.tiles, draft.rows = owner, tiles(visit.guest, owner), visit.rows
             if following and following.step == visit.step + 1 and visit.rows is None:
                 draft.carry_out.append(Move(following.guest, owner))
                 drafts[following.guest][following.step].carry_in = Move(visit.guest, owner)
@@ -174,10 +192,9 @@ def journeys(visits: Sequence[Sequence[Visit]], tiles: Tiles) -> tuple[Plan, ...
                 draft.carry_out.append(Move(owner, owner, visit.rows))
                 homes[owner].append(Move(visit.guest, owner, visit.rows))
     for rank in range(size):
-        last = {b: t for t, draft in enumerate(drafts[rank]) for b in (draft.block, *(m.block for m in draft.sends))}
-        for block, time in last.items():
-            if block is not None:
-                drafts[rank][time].drops.append(block)
+        last = {held: time for time, draft in enumerate(drafts[rank]) for held in draft.uses(rank)}
+        for held, time in last.items():
+            drafts[rank][time].drops.append(held)
     return tuple(
         Plan(rank, size, tuple(draft.step() for draft in drafts[rank]), tuple(homes[rank])) for rank in range(size)
     )
@@ -194,7 +211,7 @@ def _hull(tiles: Sequence[Tile]) -> range:
     return range(min(places[0] for places in seen), max(places[-1] for places in seen) + 1)
 
 
-def _cut(shard: Sequence[range], rows: range) -> tuple[range, ...]:
+def part_of_shard(shard: Sequence[range], rows: range) -> tuple[range, ...]:
     """The ranges of a part of a shard."""
     found = []
     for piece in pieces(shard):

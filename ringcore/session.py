@@ -19,7 +19,7 @@ from ringcore.partition import shard, unshard
 from ringcore.protocols import Members, OneSided, Transport
 from ringcore.replicated import GatherWork, add_all, gather_plans
 from ringcore.ring import Work, ring
-from ringcore.schedule import ring_plans
+from ringcore.routes import RING, Schedule, resolve_schedule, scheduled_plans
 from ringcore.tiling import Visibility, tiles_between
 from ringcore.values import Array, Blocks, Move, Plan, Tile
 
@@ -37,9 +37,9 @@ class Deal:
     plans: tuple[Plan, ...]
 
     @classmethod
-    def of(cls, q_layout: Layout, k_layout: Layout, visibility: Visibility) -> Deal:
+    def of(cls, q_layout: Layout, k_layout: Layout, visibility: Visibility, schedule: Schedule = RING) -> Deal:
         """By these layouts."""
-        return cls(q_layout, k_layout, visibility, ring_plans(q_layout, k_layout, visibility))
+        return cls(q_layout, k_layout, visibility, scheduled_plans(q_layout, k_layout, visibility, schedule))
 
     def layout(self, side: Side) -> Layout:
         """That of q's rows, or of k's and v's."""
@@ -100,7 +100,8 @@ class LocalSession:
         else:
             q_layout = resolve_layout(arguments.q_layout, q_length, size, "q")
             k_layout = resolve_layout(arguments.k_layout, k_length, size, "k")
-        self.deal = Deal.of(q_layout, k_layout, visibility)
+        schedule = resolve_schedule(arguments.schedule, size, None)
+        self.deal = Deal.of(q_layout, k_layout, visibility, schedule)
         self.ranks = range(size)
         self._whole = q_layout.whole and k_layout.whole
 
@@ -174,7 +175,8 @@ class ProcessSession(Agreeing):
         self.transport, self.ranks = transport, (transport.rank,)
         visibility = visibility_of(arguments, sum(agreed.q_lengths), sum(agreed.k_lengths))
         layouts = arguments.q_layout, arguments.k_layout
-        self.deal = dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility)
+        schedule = resolve_schedule(arguments.schedule, transport.size, agreed.nodes)
+        self.deal = dealt(*layouts, agreed.q_lengths, agreed.k_lengths, visibility, schedule)
 
     def split(self, side: Side, arrays: Sequence[Array | None]) -> list[tuple[Array | None, ...]]:
         """This rank's shards, which the arrays already are."""
@@ -255,7 +257,7 @@ def visibility_of(arguments: Arguments, queries: int, keys: int) -> Visibility:
 @lru_cache(maxsize=64)
 def dealt(
     q_layout: str | Layout, k_layout: str | Layout, q_lengths: tuple[int, ...], k_lengths: tuple[int, ...],
-    visibility: Visibility, group: int = 1,
+    visibility: Visibility, schedule: Schedule = RING, group: int = 1,
 ) -> Deal:  # fmt: skip
     """How shards of these lengths are dealt by the layouts, to groups of so many ranks.
 
@@ -264,7 +266,7 @@ def dealt(
     q_layout, k_layout = layout_of_lengths(q_layout, q_lengths, "q"), layout_of_lengths(k_layout, k_lengths, "k")
     if group > 1:
         q_layout, k_layout = (of_groups(layout, group) for layout in (q_layout, k_layout))
-    return Deal.of(q_layout, k_layout, visibility)
+    return Deal.of(q_layout, k_layout, visibility, schedule)
 
 
 @lru_cache(maxsize=256)

@@ -158,15 +158,21 @@ class Move:
     rows: range | None = None
 
 
+Held: TypeAlias = tuple[int, range | None]
+"""A block, by its owner, and those of its rows that a rank holds; None is all of them."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage of a rank's plan.
 
-    block: whose visiting block the tiles read; None where nothing is computed.
+    block: whose visiting block the tiles read; None where nothing is computed. rows: the part of it that came here;
+        None is all of them.
     sends, receives: visiting blocks that move while the tiles are computed.
     carry_in, carry_out: from whom the accumulators of ``block`` arrive, and to whom they go on with
         this step's share added. None: they start here; empty: they stay (the block is this rank's own).
-    drops: blocks that no later step of this rank reads or sends.
+    drops: blocks, or those rows of them that came here, that no later step of this rank reads or sends.
+    holds: what moves here is still on its way during the next step, with which this one shares it.
     """
 
     block: int | None = None
@@ -175,7 +181,9 @@ class Step:
     receives: tuple[Move, ...] = ()
     carry_in: Move | None = None
     carry_out: tuple[Move, ...] = ()
-    drops: tuple[int, ...] = ()
+    drops: tuple[Held, ...] = ()
+    rows: range | None = None
+    holds: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,9 +204,9 @@ class Plan:
         """All tiles of the plan, in order."""
         return tuple(tile for step in self.steps for tile in step.tiles)
 
-    def seen(self, block: int) -> slice:
-        """The rows of a visiting block from the first to the last that a tile of this rank reads."""
-        rows = span(tile for step in self.steps if step.block == block for tile in step.tiles)
+    def seen(self, block: int, part: range | None = None) -> slice:
+        """The rows of a visiting block, or of a part, from the first to the last that a tile of this rank reads."""
+        rows = span(tile for step in self.steps if (step.block, step.rows) == (block, part) for tile in step.tiles)
         return slice(rows.start, rows.stop)
 
 

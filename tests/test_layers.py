@@ -31,6 +31,7 @@ LAYERS = {
         "partition",
         "pieces",
         "positions",
+        "routes",
         "schedule",
         "tile",
         "tiling",

@@ -56,6 +56,11 @@ class Carriers:
         return f"blocks on GPUs: {'; '.join(said)}{''.join(why)}"
 
     @property
+    def messages_alone(self) -> bool:
+        """Whether a carrier was asked for that only sends messages."""
+        return self._asked in _WORDS
+
+    @property
     def messages_sent(self) -> int:
         """How many arrays of blocks have left this rank."""
         return sum(carrier.messages_sent for carrier in (self._near, self._far) if carrier is not None)

@@ -87,6 +87,14 @@ class CupyTransport:
                 "a call on a ring was captured in a graph, but ranks agree on their hosts, which no graph replays."
             )
 
+    def check_schedule(self, schedule: Any, x: Any) -> None:
+        """Raise UnsupportedError for CUDA IPC, in which accumulators go on to one rank alone."""
+        if not self._carriers.messages_alone:
+            raise UnsupportedError(
+                f"schedule is {schedule!r}, which orders messages, but GPUs that reach each other's memory read blocks "
+                'straight from their owner. Leave it out, or give ring=CupyTransport(comm, carrier="nccl") or "host".'
+            )
+
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
         return self._host.gather(note)

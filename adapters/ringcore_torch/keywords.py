@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringcore import Call, Documents, KeywordError, Layout, find_ring, read_documents
+from ringcore import Call, Documents, DoubleRing, KeywordError, Layout, find_ring, read_documents
 from ringcore_torch.groups import check_member, checked_group, group_of_name
 
 _GROUP = "process group"
@@ -90,6 +90,8 @@ def _named(x: Any) -> Any:
         return {"layout": [[(r.start, r.stop, r.step) for r in shard] for shard in x.shards], "name": x.name}
     if isinstance(x, Documents):
         return {"runs": x.runs}
+    if isinstance(x, DoubleRing):
+        return {"ranks of a ring": x.ranks}
     if hasattr(x, "tolist"):  # numbers in an array or a tensor
         return x.tolist()
     return _kept(x)
@@ -126,6 +128,8 @@ def _found(x: dict[str, Any]) -> Any:
         return group_of_name(x[_GROUP])
     if "layout" in x and "name" in x:
         return Layout(tuple(tuple(range(*r) for r in shard) for shard in x["layout"]), x["name"])
+    if "ranks of a ring" in x:
+        return DoubleRing(x["ranks of a ring"])
     if "runs" in x:
         return Documents(tuple(tuple(tuple(run) for run in runs) for runs in x["runs"]))
     if "object" in x:

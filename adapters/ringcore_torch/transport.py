@@ -88,6 +88,14 @@ class TorchTransport:
                 f"{self._device}. Make another ring for them: ring=torch.distributed.new_group(...)."
             )
 
+    def check_schedule(self, schedule: Any, x: Any) -> None:
+        """Raise UnsupportedError for peer memory, in which accumulators go on to one rank alone."""
+        if x.is_cuda and self._asked != NCCL:
+            raise UnsupportedError(
+                f"schedule is {schedule!r}, which orders messages, but GPUs that reach each other's memory read blocks "
+                'straight from their owner. Leave it out, or give ring=TorchTransport(group, carrier="nccl").'
+            )
+
     def capturing(self) -> bool:
         """Whether the caller's work is recorded for a graph, not run."""
         initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

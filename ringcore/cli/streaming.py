@@ -179,7 +179,7 @@ def _plan(tiles: Sequence[tuple[Tile, ...]], files: _Files) -> Plan:
             block=block,
             tiles=tiles[block] if block is not None else (),
             receives=() if following is None else (Move(following, following),),
-            drops=() if block is None else (block,),
+            drops=() if block is None else ((block, None),),
         )
         for block, following in zip([None, *wanted], [*wanted, None], strict=True)
     ]

@@ -15,6 +15,7 @@ from cases import Case, either_half_cases, half_cases, half_layout_cases
 from launched import world
 
 import ringcore
+from ringcore import find_ring
 
 Cases = Callable[[tuple[int, ...]], list[Case]]
 
@@ -288,7 +289,7 @@ class GridRing(ProcessRing):
         self.heads = 2 if size % 2 == 0 and arrays["k"].shape[1] % 2 == 0 else 1
         self.groups = self.of_heads.setdefault(self.heads, {})
         # Decoding and keys in two halves are of rings alone: here the whole is attention as ever.
-        keywords = {name: x for name, x in keywords.items() if name not in ("decoded", "resumed")}
+        keywords = {name: x for name, x in keywords.items() if name not in ("decoded", "resumed", "schedule")}
         terms = (isinstance(keywords.get(name), np.ndarray) for name in ("bias", "mask"))
         if "segment_lengths" not in keywords and not any(terms):
             return super().__call__(arrays, keywords, layouts, size, axes, wrt)
@@ -431,6 +432,8 @@ def _call(backend, arrays, keywords, axes, wrt, **where):
         keywords["prefix"] = tuple(backend.make(given(x)) for x in keywords["prefix"])
     keywords = {**keywords, **where, "axes": axes, "kernels": backend.kernels}
     attention, with_pullback = ringcore.ring_attention, ringcore.ring_attention_vjp
+    if "schedule" in keywords:
+        keywords = _scheduled(q, k, v, keywords)
     if "segment_lengths" in keywords:
         attention, with_pullback = ringcore.dilated_attention, ringcore.dilated_attention_vjp
     decoded = keywords.pop("decoded", None)
@@ -460,3 +463,21 @@ def _decoded(backend, q, k, v, keywords, dealt, given):
     of_q = keywords.pop("q_layout", keywords["layout"])
     out, lse = ringcore.decode_attention(q, k, v, q_layout=of_q if dealt else None, **keywords)
     return given(backend.back(out)), backend.back(lse), {}
+
+
+def _scheduled(q, k, v, keywords):
+    """With inner rings as long as can be; and without a schedule where the ring must refuse it, and does."""
+    transport = None if "ring" not in keywords else find_ring(keywords["ring"], like=q)
+    size = keywords["ring_size"] if transport is None else transport.size
+    if keywords["schedule"] == "double":
+        inner = max((ranks for ranks in range(1, size) if size % ranks == 0), default=1)
+        keywords = {**keywords, "schedule": ringcore.DoubleRing(inner)}
+    if size == 1 or not hasattr(transport, "check_schedule"):
+        return keywords
+    try:
+        transport.check_schedule(keywords["schedule"], q)
+    except ringcore.UnsupportedError:
+        with pytest.raises(ringcore.UnsupportedError, match="schedule is"):
+            ringcore.ring_attention(q, k, v, **keywords)
+        keywords = {name: x for name, x in keywords.items() if name != "schedule"}
+    return keywords

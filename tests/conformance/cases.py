@@ -253,6 +253,12 @@ FEATURES: dict[str, Feature] = {
     "dropout": _dropout,
     "dropout and more": _dropout_and_more,
     "everything": _everything,
+    "double ring": lambda rng, shape, dtype: {"schedule": "double", "causal": True},
+    "double ring, window": lambda rng, shape, dtype: {"schedule": "double", "window": (17, 3), "softcap": 2.0},
+    "both ways": lambda rng, shape, dtype: {"schedule": "bidirectional", "causal": True},
+    "both ways, all seen": lambda rng, shape, dtype: {
+        "schedule": "bidirectional", "key_lengths": [shape.keys - entry for entry in range(shape.batch)],
+    },
     "resumed": lambda rng, shape, dtype: {"resumed": shape.keys, "causal": True, "softcap": 2.0},
     "decoded": lambda rng, shape, dtype: _decoded(rng, shape, dtype, whole=True),
     "decoded, dealt": lambda rng, shape, dtype: _decoded(rng, shape, dtype, whole=False),

@@ -64,7 +64,7 @@ def computed(problem: Problem, plans: Sequence[Plan]) -> Counter[Pair]:
             if step.block is None:
                 assert not step.tiles
                 continue
-            block = came(plan, step, problem.visiting(step.block))
+            block = came(step, problem.visiting(step.block))
             stays = problem.resident(plan.rank)
             rows, keys = (stays, block) if problem.visitor == "k" else (block, stays)
             for tile in step.tiles:
@@ -73,10 +73,9 @@ def computed(problem: Problem, plans: Sequence[Plan]) -> Counter[Pair]:
     return found
 
 
-def came(plan: Plan, step: Step, block: Sequence[int]) -> Sequence[int]:
-    """The part of a block that this step reads: what the plan received of it."""
-    parts = [move.rows for before in plan.steps for move in before.receives if move.block == step.block]
-    return block if not parts or parts[0] is None else [block[row] for row in parts[0]]
+def came(step: Step, block: Sequence[int]) -> Sequence[int]:
+    """The part of a block that this step reads."""
+    return block if step.rows is None else [block[row] for row in step.rows]
 
 
 def check_tile(problem: Problem, tile: Tile, rows: Sequence[int], keys: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ resumed until the mark is passed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -92,7 +92,7 @@ class VisitCount:
 
     def __init__(self, plan: Plan, lengths: Sequence[int], carries: bool) -> None:
         self.plan, self.lengths, self.carries = plan, lengths, carries
-        self.seen: dict[int, torch.Tensor] = {}
+        self.seen: list[torch.Tensor] = []
 
     def rows_of(self, owner: int) -> torch.Tensor:
         """[1, 1, rows, 1], numbers that no other rank's rows have, none of them 0."""
@@ -114,7 +114,7 @@ class VisitCount:
         share = torch.zeros(1, 1, block[0].shape[2], self.plan.size, dtype=torch.float64)
         share[..., self.plan.rank] = block[0][..., 0]
         if block[0].shape[2]:
-            self.seen[int(block[0][0, 0, 0, 0]) // 1000] = block[0].clone()
+            self.seen.append(block[0].clone())
         return (share,) if self.carries else ()
 
     def complete(self) -> None:
@@ -182,8 +182,9 @@ def check_strictly(plans: Sequence[Plan], lengths: Sequence[int], carries: bool,
         loops = [ring(plan, work) for plan, work in zip(plans, works, strict=True)]
         results = run_strictly(loops, messages, wires, awaited)
         for plan, work in zip(plans, works, strict=True):
-            for owner, block in work.seen.items():
-                assert torch.equal(block, work.rows_of(owner)[:, :, _part(plan, owner, carries)])
+            due_here = [work.rows_of(owner)[:, :, part] for owner, part in _visits(plan, carries)]
+            for came, sent in zip(work.seen, (x for x in due_here if x.shape[2]), strict=True):
+                assert torch.equal(came, sent)
         if carries:
             for owner, came in enumerate(results):
                 assert torch.equal(came[0], (due or _shares)(plans, works, owner))
@@ -195,16 +196,15 @@ def _shares(plans: Sequence[Plan], works: Sequence[VisitCount], owner: int) -> t
     rows = works[owner].rows_of(owner)
     due = torch.zeros(1, 1, rows.shape[2], len(plans), dtype=torch.float64)
     for guest in plans:
-        if any(step.block == owner for step in guest.steps):
-            part = _part(guest, owner, carries=True)
-            due[:, :, part, guest.rank] = rows[:, :, part, 0]
+        for block, part in _visits(guest, carries=True):
+            if block == owner:
+                due[:, :, part, guest.rank] = rows[:, :, part, 0]
     return due
 
 
-def _part(plan: Plan, owner: int, carries: bool) -> slice:
-    """The rows of a block that this rank visits: those that reach it, or those that accumulators are carried for."""
-    moves = [move for step in plan.steps for move in step.receives if move.block == owner]
-    if carries:
-        moves += [move for step in plan.steps if step.block == owner for move in step.carry_out]
-    rows = [move.rows for move in moves if move.rows is not None]
-    return slice_of(rows[-1]) if rows else slice(None)
+def _visits(plan: Plan, carries: bool) -> Iterator[tuple[int, slice]]:
+    """Each visited block, and those of its rows that reach this rank, or that accumulators are carried for."""
+    for step in plan.steps:
+        if step.block is not None:
+            rows = step.carry_out[0].rows if carries and step.carry_out else step.rows
+            yield step.block, slice(None) if rows is None else slice_of(rows)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from counting import run_rendezvous
 from deals import deals, sees, visibility
-from later import double_ring_plans
 
 import ringcore
 from ringcore import Partial
 from ringcore.ring import ring
+from ringcore.routes import both_ways_plans, double_ring_plans
 from ringcore.tile import ReferenceKernels
 from ringcore.values import Score
 from ringcore.work import BackwardWork, ForwardWork
@@ -32,7 +32,8 @@ def plans_for(feature, dealt):
         return np.array([visible(*x) * times(*x) for x in count.tolist()], float).reshape(shape)
 
     return {
-        "double rings": lambda: (double_ring_plans(2, *dealt, seen), counted(sees(seen))),
+        "double rings": lambda: (double_ring_plans(*dealt, seen, 2), counted(sees(seen))),
+        "both ways": lambda: (both_ways_plans(*dealt, seen), counted(sees(seen))),
     }[feature]()
 
 
@@ -83,7 +84,7 @@ def rings(plans, dealt, arrays):
 
 
 @pytest.mark.parametrize("name", ["contiguous", "mixed"])
-@pytest.mark.parametrize("feature", ["double rings"])
+@pytest.mark.parametrize("feature", ["double rings", "both ways"])
 def test_later_plans_are_exact_on_arrays(feature, name):
     dealt = deals(name, LENGTH, LENGTH, 4)
     plans, times = plans_for(feature, dealt)

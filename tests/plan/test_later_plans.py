@@ -8,11 +8,12 @@ from counting import at_home, loops_of
 from deals import DEALS, deals, layouts, problem, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from later import decode_plans, double_ring_plans
+from later import decode_plans
 from lockstep import walk
 from pairs import computed
 
 import ringcore
+from ringcore.routes import both_ways_plans, double_ring_plans
 from ringcore.schedule import query_plans
 
 # Visiting queries: k and v stay, and every partial of q goes home.
@@ -63,7 +64,7 @@ def test_double_rings(name, sight):
     for hosts, inside in HOSTS:
         dealt = deals(name, 17, 17, hosts * inside)
         seen = visibility(keys=17, **sight)
-        trace = check(problem(*dealt, seen), double_ring_plans(hosts, *dealt, seen))
+        trace = check(problem(*dealt, seen), double_ring_plans(*dealt, seen, inside))
         # The block that is read, the next one, and the next host's.
         assert trace.most_held <= 3
 
@@ -72,7 +73,7 @@ def test_double_rings(name, sight):
 def test_double_rings_cross_between_hosts_as_little_as_can_be(hosts, inside):
     size = hosts * inside
     layout = ringcore.striped(2 * size, size)
-    plans = double_ring_plans(hosts, layout, layout, visibility(keys=2 * size))
+    plans = double_ring_plans(layout, layout, visibility(keys=2 * size), inside)
     crossings = [
         move.block
         for plan in plans
@@ -92,4 +93,30 @@ def test_double_rings_of_any_layouts(data):
     dealt = data.draw(layouts(length, hosts * inside)), data.draw(layouts(length, hosts * inside))
     side = st.none() | st.integers(0, 5)
     seen = visibility(keys=length, causal=data.draw(st.booleans()), window=(data.draw(side), data.draw(side)))
-    check(problem(*dealt, seen), double_ring_plans(hosts, *dealt, seen))
+    check(problem(*dealt, seen), double_ring_plans(*dealt, seen, inside))
+
+
+# Both ways: half of each block to the next ranks, the other half to those before.
+
+
+@pytest.mark.parametrize(
+    "sight", [{}, {"causal": True}, {"causal": True, "window": (5, 0)}, {"window": (2, 2)}, {"key_limits": (3, 0)}]
+)
+@pytest.mark.parametrize("name", DEALS)
+def test_both_ways(name, sight):
+    for size in SIZES:
+        dealt = deals(name, 17, 17, size)
+        seen = visibility(keys=17, **sight)
+        trace = check(problem(*dealt, seen), both_ways_plans(*dealt, seen))
+        # Two halves that are read, and the next two.
+        assert trace.most_held <= 4
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_both_ways_share_the_links(size):
+    """Every rank sends half a block to each side, in each of size - 1 hops: the least that links both ways allow."""
+    layout = ringcore.striped(6 * size, size)
+    for plan in both_ways_plans(layout, layout, visibility(keys=6 * size)):
+        for sign in (1, -1) if size > 2 else (1,):
+            to = [move for step in plan.steps for move in step.sends if move.peer == (plan.rank + sign) % size]
+            assert sum(len(move.rows) for move in to) == 3 * (size - 1) * (1 if size > 2 else 2)

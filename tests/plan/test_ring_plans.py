@@ -55,7 +55,7 @@ def test_a_rank_reads_no_rows_but_those_it_is_said_to_see(sight, size):
             for step in plan.steps:
                 rows = [row for tile in step.tiles for row in range(tile.columns.start, tile.columns.stop)]
                 if step.block is not None:
-                    seen = plan.seen(step.block)
+                    seen = plan.seen(step.block, step.rows)
                     assert (seen.start, seen.stop) == (min(rows, default=0), max(rows, default=-1) + 1)
             absent = set(range(size)) - {step.block for step in plan.steps}
             assert all(plan.seen(block) == slice(0, 0) for block in absent)

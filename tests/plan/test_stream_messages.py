@@ -5,12 +5,13 @@ import torch
 from deals import DEALS, SIGHTS, calls, deals, layouts, visibility
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from later import decode_plans, double_ring_plans, visiting_query_plans
+from later import decode_plans
 from rendezvous import End, Wires, check_strictly
 
 import ringcore
 from ringcore import Move, Spec, TransportError
-from ringcore.schedule import halo_plans, ring_plans, rotation
+from ringcore.routes import both_ways_plans, double_ring_plans
+from ringcore.schedule import halo_plans, query_plans, ring_plans, rotation
 from ringcore.values import Tile
 from ringcore_torch.stream_messages import StreamMessages
 
@@ -62,8 +63,9 @@ def test_later_plans_make_no_ranks_wait_for_each_other(data):
     seen = visibility(keys=length, causal=data.draw(st.booleans()), window=(data.draw(side), data.draw(side)))
     for plans in (
         halo_plans(layout, layout, seen),
-        visiting_query_plans(layout, layout, seen),
-        double_ring_plans(hosts, layout, layout, seen),
+        query_plans(layout, layout, seen),
+        double_ring_plans(layout, layout, seen, layout.size // hosts),
+        both_ways_plans(layout, layout, seen),
     ):
         check_strictly(plans, layout.lengths, True)
 
