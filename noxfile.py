@@ -144,9 +144,10 @@ def jax(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("ranks", [2, 3, 4])
 def mpi(session: nox.Session, ranks: int) -> None:
-    """MPI rings: shared windows, messages, and both in one ring of two nodes."""
+    """MPI rings: shared windows, messages, both in one ring of two nodes, and grids of heads and ring."""
     install(session, "test,mpich")
     pytest(session, CONFORMANCE, "--ring", "mpi", *session.posargs, ranks=ranks)
+    pytest(session, CONFORMANCE, "--ring", "mpi-grid", *session.posargs, ranks=ranks)
     pytest(session, "tests/mpi/world", ranks=ranks)
     if ranks > 2:
         pytest(session, CONFORMANCE, "--ring", "mpi-nodes", *session.posargs, ranks=ranks)
@@ -160,6 +161,8 @@ def gloo(session: nox.Session, ranks: int) -> None:
     session.install("--no-deps", RING_FLASH_ATTN)
     under = {"ranks": ranks, "launcher": "torchrun"}
     pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "gloo", *session.posargs, **under)
+    if ranks == 4:
+        pytest(session, CONFORMANCE, "--backend", "torch", "--ring", "gloo-grid", *session.posargs, **under)
     pytest(session, "tests/torch_adapter/world", **under)
 
 

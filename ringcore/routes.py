@@ -54,8 +54,8 @@ def resolve_schedule(schedule: Schedule, size: int, nodes: Sequence[int] | None)
                 "schedule=ringcore.DoubleRing(ranks)."
             )
         inner = next((rank for rank in range(size) if nodes[rank] != nodes[0]), size)
-        starts = range(0, size, inner)
-        if size % inner or any(len(set(nodes[first : first + inner])) > 1 for first in starts):
+        machines = [set(nodes[first : first + inner]) for first in range(0, size, inner)]
+        if size % inner or len(set(nodes)) != len(machines) or any(len(found) > 1 for found in machines):
             raise KeywordError(
                 f'schedule is "double", but the ranks are on machines {list(nodes)}: each must have as many, one after '
                 "the other. Order the ranks by machine, or say schedule=ringcore.DoubleRing(ranks)."

@@ -76,7 +76,7 @@ def groups_of_mesh(mesh: DeviceMesh) -> list[Any]:
             f"rank {dist.get_rank()} of the world is not in the mesh given as ring. Ranks outside of the ring must not "
             "make the call."
         )
-    return list(mesh.get_all_groups())
+    return [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
 
 
 def _group_of_mesh(mesh: DeviceMesh) -> Any:

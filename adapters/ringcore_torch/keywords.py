@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringcore import Call, Documents, DoubleRing, KeywordError, Layout, find_ring, read_documents
-from ringcore_torch.groups import check_member, checked_group, group_of_name
+from ringcore_torch.groups import check_member, checked_group, group_of_name, groups_of_mesh
 
-_GROUP = "process group"
+_GROUP, _GRID = "process group", "grid of groups"
 _KEPT = 256  # calls that are remembered
 # What calls over a group found out. Calls themselves would keep their group, which ends with the last that holds it.
 _known_of_group: WeakKeyDictionary[Any, dict[Any, dict[Any, Any]]] = WeakKeyDictionary()
@@ -53,6 +53,8 @@ def call_of(name: str, text: str, **changed: Any) -> Call:
     if ring is None:
         return _kept_call(*key)
     found = _found(ring)  # which is an error if it is gone: then nothing must be noted of it
+    while _GRID in ring:  # of a grid its first group stands for both
+        ring, found = ring[_GRID][0], found[0]
     known = _known_of_group.setdefault(found, {}) if _GROUP in ring else _known_of_object.setdefault(ring["object"], {})
     if len(known) >= _KEPT:
         known.clear()
@@ -63,7 +65,9 @@ def objects_of(text: str) -> list[Any]:
     """The objects of the caller's own that the keywords name: kept by whoever will call again with this text."""
     if '"object": ' not in text:
         return []
-    return [_found(x) for x in json.loads(text).values() if isinstance(x, dict) and "object" in x]
+    values = list(json.loads(text).values())
+    values += [x for value in values if isinstance(value, dict) for x in value.get(_GRID, ())]
+    return [_found(x) for x in values if isinstance(x, dict) and "object" in x]
 
 
 @lru_cache(maxsize=_KEPT)
@@ -98,8 +102,12 @@ def _named(x: Any) -> Any:
 
 
 def _ring(x: Any) -> Any:
-    if isinstance(x, tuple) or (isinstance(x, DeviceMesh) and x.ndim == 2):
-        x = find_ring(x)  # a grid, which ringcore keeps
+    if isinstance(x, DeviceMesh) and x.ndim == 2:
+        x = tuple(groups_of_mesh(x))
+    if isinstance(x, tuple):
+        if len(x) != 2:
+            find_ring(x)  # which says what is wrong
+        return {_GRID: [_ring(each) for each in x]}
     if isinstance(x, ProcessGroup | DeviceMesh):
         return {_GROUP: checked_group(x).group_name}
     return _kept(x)
@@ -124,6 +132,8 @@ def _forget(number: int, name: str) -> None:
 
 
 def _found(x: dict[str, Any]) -> Any:
+    if _GRID in x:
+        return tuple(_found(each) if isinstance(each, dict) else each for each in x[_GRID])
     if _GROUP in x:
         return group_of_name(x[_GROUP])
     if "layout" in x and "name" in x:

@@ -17,6 +17,7 @@ import mutants_loop
 import mutants_mpi
 import mutants_nccl
 import mutants_numpy
+import mutants_topology
 import mutants_values
 from mutant import Mutant
 
@@ -28,4 +29,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *mutants_mpi.MUTANTS,
     *mutants_gloo.MUTANTS,
     *mutants_nccl.MUTANTS,
+    *mutants_topology.MUTANTS,
 )

@@ -170,12 +170,12 @@ MUTANTS = (
         "dK, dV returned one rank off: plan",
         "ringcore/schedule.py",
         "carry_out=(Move(after if goes_on else block, block, rows[block]),) if hop else (),\n"
-        "                drops=(block,),\n"
+        "                drops=((block, None),),\n"
         "            )\n"
         "        )\n"
         "    home = (Move((rank + hops[rank]) % size, rank, rows[rank]),) if hops[rank] else ()\n",
         "carry_out=(Move(after if goes_on else (block + 1) % size, block, rows[block]),) if hop else (),\n"
-        "                drops=(block,),\n"
+        "                drops=((block, None),),\n"
         "            )\n"
         "        )\n"
         "    home = (Move((before + hops[before]) % size, before, rows[before]),) if hops[before] else ()\n",
@@ -285,7 +285,7 @@ MUTANTS = (
     Mutant(
         "mask of positions ignored",
         "ringcore/call.py",
-        "masks = [arguments.mask_of] * len(qs)",
+        "masks = [OfHeads(arguments.mask_of, heads, arguments.q.shape[1]) if some else arguments.mask_of] * len(qs)",
         "pass",
         RING,
         "out_and_lse and mask_of_positions",
@@ -381,8 +381,8 @@ MUTANTS = (
     Mutant(
         "the same weights dropped in every head",
         "ringcore/dropout.py",
-        "(tile.batch, tile.q_heads))",
-        "(tile.batch, slice(0, 1)))",
+        "heads = range(draw.head, draw.head + tile.heads * draw.head_step, draw.head_step)",
+        "heads = range(1)",
         RING,
         "out_and_lse and dropout and not dilated",
     ),
@@ -453,10 +453,10 @@ MUTANTS = (
     Mutant(
         "one layout for q and for k",
         "ringcore/call.py",
-        "(arguments.k, deal.k_layout)",
-        "(arguments.k, deal.q_layout)",
+        'session.split("k", (arguments.k, arguments.v))',
+        'session.split("q", (arguments.k, arguments.v))',
         RING,
-        "out_and_lse and zigzag_and_striped",
+        "out_and_lse and zigzag_and_striped and square",
     ),
     Mutant(
         "every head from the first position",
@@ -542,8 +542,8 @@ MUTANTS = (
     Mutant(
         "new queries at the end of the buffer",
         "ringcore/decoding.py",
-        "tuple(limit - rows for limit in limits)",
-        "tuple(keys - rows for limit in limits)",
+        "tuple(limit - queries for limit in limits)",
+        "tuple(keys - queries for limit in limits)",
         "tests/test_decode.py",
         "whole_cache and window",
     ),

@@ -188,8 +188,8 @@ MUTANTS = (
     Mutant(
         "dK, dV returned one rank off: result",
         "ringcore/call.py",
-        "split_parts[name] = [blocks[place] for blocks in carried if blocks is not None]",
-        "split_parts[name] = [blocks[place] for blocks in [*carried[1:], carried[0]] if blocks is not None]",
+        "(blocks for blocks in carried if blocks is not None)",
+        "(blocks for blocks in [*carried[1:], carried[0]] if blocks is not None)",
         PRECISION,
         "within_their_bounds and plain-float64-3",
     ),
@@ -204,8 +204,8 @@ MUTANTS = (
     Mutant(
         "dK, dV of the last guest alone",
         "ringcore/ring.py",
-        "share = work.combine((yield Finish(coming))[step.carry_in], share)",
-        "yield Finish(coming)",
+        "share = work.combine(arrived[step.carry_in], share)",
+        "pass",
         RING,
         "gradients and plain",
     ),
@@ -236,8 +236,8 @@ MUTANTS = (
     Mutant(
         "gradients in the order of the function, not of wrt",
         "ringcore/call.py",
-        "for name in wrt)\n\n    def _of_replicated",
-        "for name in GRADIENTS if name in wrt)\n\n    def _of_replicated",
+        "for name in wrt)\n\n    def _joined",
+        "for name in GRADIENTS if name in wrt)\n\n    def _joined",
         "tests/test_refusals.py",
         "wrt_is_read",
     ),

@@ -123,7 +123,7 @@ MUTANTS = (
     Mutant(
         "a failure while computing is not told to the others",
         "ringcore/session.py",
-        "            self.transport.abort(error)\n",
+        "            self.members.abort(error)\n",
         "",
         "tests/mpi/test_launch.py",
         "kernel_that_fails",
