@@ -31,7 +31,7 @@ from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths,
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.partition import shard, unshard
-from ringcore.protocols import Kernels, OneSided, Pending, Reducing, Transport
+from ringcore.protocols import Kernels, OneSided, Pending, Reducing, Sharing, Transport
 from ringcore.routes import DoubleRing
 from ringcore.values import Array, Band, Blocks, Capabilities, Gradients, Move, Plan, Score, Spec, Step, Tile
 
@@ -71,6 +71,7 @@ __all__ = [
     "RingcoreError",
     "Score",
     "ShapeError",
+    "Sharing",
     "Spec",
     "Step",
     "Tile",

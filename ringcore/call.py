@@ -216,6 +216,7 @@ class Known:
 
     check_array: what their library must still be asked about each one. local: where it runs without a ring of
     processes. common: what the ranks of a ring must have in common; agreed: what they agreed on, by their lengths.
+    decoded: what was last decoded, and agreed on.
     """
 
     arguments: Arguments
@@ -224,6 +225,7 @@ class Known:
     local: LocalSession | None = None
     common: bytes | None = None
     agreed: dict[tuple[tuple[int, ...], tuple[int, ...]], Agreed] = field(default_factory=dict)
+    decoded: tuple[Any, Agreed] | None = None
 
 
 @dataclass(frozen=True)

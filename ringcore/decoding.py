@@ -27,7 +27,7 @@ from ringcore.local import run_local
 from ringcore.merge import fields
 from ringcore.partial import Partial, dtype_name
 from ringcore.partition import shard, unshard
-from ringcore.protocols import Kernels, Reducing, Transport
+from ringcore.protocols import Kernels, Reducing, Sharing, Transport
 from ringcore.ring import ring as ring_loop
 from ringcore.schedule import query_plans, ring_plans, rows_moved
 from ringcore.session import gathered, run_plans
@@ -89,12 +89,8 @@ def decode_attention(
         query_offset=0, key_lengths=None, layout=layout, q_layout=q_layout, axes=axes, kernels=kernels,
     )  # fmt: skip
     inputs, filled = Inputs.of(q, k, v, sinks=sinks), Filled(key_lengths, query_offset)
-    whole = (_in_this_process if ring is None else _on_this_rank)(call, inputs, filled)
-    arithmetic = find_arithmetic(q)
-    out, maximum, total = arithmetic.finished(whole, q.dtype)
-    if out.dtype == whole.total.dtype:
-        out = namespace(q).asarray(out, copy=True)  # without what travelled beside it
-    return swap_axes(out, axes), arithmetic.finished_lse(maximum, total, -math.inf)
+    out, lse = _finished((_in_this_process if ring is None else _on_this_rank)(call, inputs, filled), q)
+    return swap_axes(out, axes), lse
 
 
 class Filled(NamedTuple):
@@ -148,13 +144,26 @@ def _in_this_process(call: Call, inputs: Inputs, filled: Filled) -> Partial:
     return Partial(*(unshard(parts, q_layout) for parts in zip(*found, strict=True)))
 
 
-def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial:
+def _finished(found: Partial | Array, q: Array) -> tuple[Array, Array]:
+    """out and lse of a partial, or of all ranks' packed partials, stacked."""
+    arithmetic: Any = find_arithmetic(q)
+    if not isinstance(found, Partial):
+        at_once = getattr(arithmetic, "finished_packed", None)
+        done: tuple[Array, Array] | None = None if at_once is None else at_once(found, q.dtype)
+        if done is not None:
+            return done
+        found = _unpacked(reduce(_merge_packed, (found[rank, ...] for rank in range(found.shape[0]))))
+    out, maximum, total = arithmetic.finished(found, q.dtype)
+    if out.dtype == found.total.dtype:
+        out = namespace(q).asarray(out, copy=True)  # without what travelled beside it
+    return out, arithmetic.finished_lse(maximum, total, -math.inf)
+
+
+def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial | Array:
     transport = find_transport(call.ring, like=inputs.q)
     remembered = call.remembered(find_transport(call.ring))
-    if getattr(transport, "capturing", bool)():
-        raise TransportError("decode_attention on a ring cannot be captured in a graph: the ranks agree on each call.")
 
-    def check() -> tuple[tuple[Arguments, Kernels], Note]:
+    def check() -> tuple[tuple[Arguments, Kernels, Known], Note]:
         known, arguments = _checked(call, remembered, inputs, filled)
         if transport.size > 1:
             transport.check(arguments.q, arguments.k, arguments.v)
@@ -167,9 +176,21 @@ def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial:
             "whether query_offset is given": filled.query_offset is not None,
             "rows of q, which every rank must have": rows if call.q_layout is None else "dealt",
         }  # fmt: skip
-        return (arguments, known.kernels), Note(with_further(known.common, **further), (rows, keys))
+        return (arguments, known.kernels, known), Note(with_further(known.common, **further), (rows, keys))
 
-    (arguments, kernels), agreed = agree(transport, check)
+    if getattr(transport, "capturing", bool)():
+        # What a graph replays is what the ranks agreed on before.
+        known, arguments = _checked(call, remembered, inputs, filled)
+        last = known.decoded
+        if last is None or last[0] != (arguments.key_lengths, arguments.offsets, filled.query_offset is None):
+            raise TransportError(
+                "decode_attention on a ring was captured in a graph, where the ranks cannot agree on it, and it is not "
+                "what they last agreed on for arrays like these. Run it once on every rank, then capture it."
+            )
+        kernels, agreed = known.kernels, last[1]
+    else:
+        (arguments, kernels, known), agreed = agree(transport, check)
+        known.decoded = (arguments.key_lengths, arguments.offsets, filled.query_offset is None), agreed
     k_layout = _dealt(arguments.k_layout, agreed.k_lengths, "k")
     q_layout = None if call.q_layout is None else _dealt(call.q_layout, agreed.q_lengths, "q")
     queries = arguments.q.shape[2] if q_layout is None else q_layout.length
@@ -186,8 +207,8 @@ def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial:
         raise
 
 
-def _merged(transport: Transport, own: Partial) -> Partial:
-    """All ranks' partials as one: by a reduction, where the transport has any, else each rank merges all of them."""
+def _merged(transport: Transport, own: Partial) -> Partial | Array:
+    """All ranks' partials as one, by a reduction where the transport has any; else all of them, packed and stacked."""
     if transport.size == 1:
         return own
     packed = _packed(own)
@@ -195,7 +216,10 @@ def _merged(transport: Transport, own: Partial) -> Partial:
         came = cast(Reducing, transport).reduce(packed, _merge_packed)
         if came is not None:
             return _unpacked(came)
-    return _unpacked(reduce(_merge_packed, (part for (part,) in gathered(transport, (packed,)))))
+    stacked = cast(Sharing, transport).shares(packed) if hasattr(transport, "shares") else None
+    if stacked is None:
+        stacked = namespace(packed).stack([part for (part,) in gathered(transport, (packed,))])
+    return stacked
 
 
 def _merge_packed(lower: Array, upper: Array) -> Array:

@@ -76,10 +76,12 @@ class Kernels(Protocol):
 class Arithmetic(Protocol):
     """How partials of one library are merged and finished, where it knows better than the array API standard.
 
-    It may have ``check_array(q)``, which raises for arrays with which its library could not compute. And it may have
+    It may have ``check_array(q)``, which raises for arrays with which its library could not compute. It may have
     ``gathers(x)``; where that is true, partials of fused kernels, and parts of gradients, wait, up to twice all rows,
     and are brought together in one pass by ``finished_together(q, width, parts, dtype)`` and
-    ``summed_together(like, parts, dtype)``; where these give None, one by one.
+    ``summed_together(like, parts, dtype)``; where these give None, one by one. And it may have
+    ``finished_packed(stacked, dtype)``: out and lse of n partials [n, B, H, S, E + 2] of weighted, maximum and total
+    side by side, or None.
     """
 
     @property
@@ -141,6 +143,17 @@ class Transport(Members, Protocol):
         receives: Sequence[tuple[Move, Sequence[Spec]]],
     ) -> Pending:
         """Start all sends and receives at once. Blocks stay untouched until the answer's wait returns."""
+        ...
+
+
+class Sharing(Transport, Protocol):
+    """A transport that lets each rank have one small array of every rank in one step."""
+
+    def shares(self, x: Array) -> Array | None:
+        """Copies of all ranks' arrays, which are like x, stacked in the order of ranks; collective.
+
+        None, on every rank, for arrays that it does not take.
+        """
         ...
 
 

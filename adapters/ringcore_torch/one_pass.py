@@ -55,6 +55,18 @@ def lse_of(maximum: torch.Tensor, total: torch.Tensor, empty: float) -> torch.Te
     return lse
 
 
+def finished_packed(stacked: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of partials [n, B, H, S, E + 2]: weighted, maximum and total side by side, without gaps."""
+    count, *rows, numbers = stacked.shape
+    out = torch.empty((*rows, numbers - 2), dtype=dtype, device=stacked.device)
+    lse = torch.empty(rows, dtype=torch.float32, device=stacked.device)
+    if lse.numel():
+        _packed[(lse.numel(),)](
+            stacked, out, lse, stacked.stride(0), numbers - 2, count=count, columns=triton.next_power_of_2(numbers - 2)
+        )
+    return out, lse
+
+
 def _columns(width: int) -> int:
     return int(min(_COLUMNS, triton.next_power_of_2(width)))
 
@@ -142,3 +154,31 @@ def _lse(  # type: ignore[no-untyped-def]
     seen = (top != float("-inf")) & (sums != 0.0)
     value = tl.where(seen, top + tl.log(tl.where(seen, sums, 1.0)), empty)
     tl.store(lse + batch * lb + head * lh + row * ls, value, inside)
+
+
+@triton.jit(do_not_specialize=["step", "width"])  # type: ignore[untyped-decorator]
+def _packed(  # type: ignore[no-untyped-def]
+    stacked, out, lse, step, width, count: tl.constexpr, columns: tl.constexpr
+) -> Any:
+    """One row of each partial, in the order of partials."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, columns)
+    inside = column < width
+    start = stacked + row * (width + 2)
+    largest = float("-inf")
+    for n in tl.static_range(count):
+        total = tl.load(start + n * step + width + 1)
+        largest = tl.maximum(largest, tl.where(total > 0.0, tl.load(start + n * step + width), float("-inf")))
+    reference = tl.where(largest == float("-inf"), 0.0, largest)
+    sums = 0.0
+    found = tl.zeros((columns,), tl.float32)
+    for n in tl.static_range(count):
+        total = tl.load(start + n * step + width + 1)
+        maximum = tl.where(total > 0.0, tl.load(start + n * step + width), float("-inf"))
+        factor = tl.exp(maximum - reference)
+        sums += factor * tl.where(total > 0.0, total, 0.0)
+        # What stands in a row that saw no key is never read into a sum: it may be NaN.
+        found += factor * tl.where(total > 0.0, tl.load(start + n * step + column, inside, 0.0), 0.0)
+    seen = sums > 0.0
+    sums = tl.where(seen, sums, 1.0)
+    tl.store(out + row * width + column, (found / sums).to(out.dtype.element_ty), inside)
+    tl.store(lse + row, tl.where(seen, reference + tl.log(sums), float("-inf")))

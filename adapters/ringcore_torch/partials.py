@@ -147,6 +147,15 @@ def _finished_in_place(state: Partial, dtype: torch.dtype, rows: tuple[Any, ...]
     return one_pass is not None
 
 
+def finished_packed(stacked: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """out [B, H, S, E] in ``dtype`` and lse of n partials [n, B, H, S, E + 2], in one launch; None off GPUs."""
+    one_pass = _triton() if stacked.is_cuda and stacked.dtype == torch.float32 else None
+    if one_pass is None:
+        return None
+    found: tuple[torch.Tensor, torch.Tensor] = one_pass.finished_packed(stacked, dtype)
+    return found
+
+
 def finished_lse(maximum: torch.Tensor, total: torch.Tensor, empty: float) -> torch.Tensor:
     """maximum + log(total) [B, H, S], in memory of its own; ``empty`` in rows that saw no key."""
     one_pass = _triton() if maximum.is_cuda else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from ringcore import TransportError
 from ringcore_torch.circle import Circle
 from ringcore_torch.rendezvous import Meeting
 
@@ -37,15 +38,20 @@ class PeerShares:
         """Copies of all ranks' tensors, which are like x, stacked in the order of ranks. Collective."""
         if x.nbytes > self._room:
             self._grow(x.nbytes)
-        stream = torch.cuda.current_stream(self._device)
-        if self._read is not None:
+        stream, capturing = torch.cuda.current_stream(self._device), torch.cuda.is_current_stream_capturing()
+        if self._read is not None and not capturing:
             stream.wait_event(self._read)  # the last call may have been on another stream
-        slots = self._slots(self._count % 2, tuple(x.shape), x.dtype)
-        self._count += 1
+        # What a graph replays again and again has a slot of its own, and meets before it writes there.
+        slots = self._slots(2 if capturing else self._count % 2, tuple(x.shape), x.dtype)
+        if capturing:
+            self._handle.barrier(_CHANNEL, self._deadline)
+        else:
+            self._count += 1
         slots[self._circle.rank].copy_(x)
         self._handle.barrier(_CHANNEL, self._deadline)
         found = torch.stack(slots)
-        self._read = stream.record_event()
+        if not capturing:
+            self._read = stream.record_event()
         return found
 
     def _slots(self, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -61,11 +67,16 @@ class PeerShares:
         return found
 
     def _grow(self, least: int) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise TransportError(
+                "a call over GPUs' memory was captured before it ever ran, but making that memory is no work of a "
+                "stream. Run the call once, then capture it."
+            )
         if self._handle is not None:
             self._outgrown.append(self._handle)
             self._known.clear()
         self._room = max(_LEAST, 1 << (least - 1).bit_length())
-        memory = symmetric_memory.empty(2 * self._room, dtype=torch.uint8, device=self._device)
+        memory = symmetric_memory.empty(3 * self._room, dtype=torch.uint8, device=self._device)
         self._handle = symmetric_memory.rendezvous(memory, self._meeting.name)
         # Torch clears it on the default stream: a signal that comes before would be wiped out.
         torch.cuda.default_stream(self._device).synchronize()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -120,14 +119,10 @@ class TorchTransport:
         self._on(blocks[0].device).publish(blocks, specs, carried or {})
         return True
 
-    def reduce(
-        self, x: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor | None:
-        """``combine`` of all ranks' tensors, in the order of ranks: by each rank, where GPUs have peer memory."""
+    def shares(self, x: torch.Tensor) -> torch.Tensor | None:
+        """All ranks' tensors, stacked, where GPUs have peer memory."""
         carrier = self._on(x.device) if x.is_cuda else None
-        if not isinstance(carrier, PeerMemory):
-            return None
-        return functools.reduce(combine, carrier.shares.of_all(x).unbind())
+        return carrier.shares.of_all(x) if isinstance(carrier, PeerMemory) else None
 
     def _on(self, device: torch.device) -> PeerMemory | NcclMessages:
         """The carrier of blocks on this GPU. The first call is collective."""

@@ -3,6 +3,7 @@
 It multiplies no bfloat16, and says nothing of what a GPU's compiler makes of them.
 """
 
+import functools
 import os
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from terms import NAMES, check, check_nan
 
 import ringcore
 from ringcore.merge import merge_rows
-from ringcore_torch import partials
+from ringcore_torch import one_pass, partials
 from ringcore_torch.triton_cuda import Triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -123,6 +124,23 @@ def test_many_partials_come_together_in_one_pass(dtype, first):
     torch.testing.assert_close(out.float(), due, atol=2e-3 if dtype == torch.float16 else 1e-5, rtol=2e-3)
     torch.testing.assert_close(lse, state.lse, atol=1e-5, rtol=1e-5)
     assert total.numel() == lse.numel()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_partials_of_all_ranks_are_merged_and_finished_in_one_launch(dtype, count):
+    weighted, maximum = torch.randn(count, 2, 3, 4, 5), 50 * torch.randn(count, 2, 3, 4)
+    total = torch.rand(count, 2, 3, 4) + 0.5
+    # A row of which one rank saw nothing, and one of which none did, whatever they hold.
+    for ranks, row in ((slice(0, 1), 0), (slice(None), 1)):
+        weighted[ranks, :, :, row], maximum[ranks, :, :, row], total[ranks, :, :, row] = torch.nan, -torch.inf, 0.0
+    parts = [ringcore.Partial(*x) for x in zip(weighted, maximum, total, strict=True)]
+    due = functools.reduce(ringcore.merge, parts, ringcore.empty_partial(weighted[0], 5))
+    packed = torch.cat([weighted, maximum[..., None], total[..., None]], -1)
+    out, lse = one_pass.finished_packed(packed, dtype)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), due.out, atol=1e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+    torch.testing.assert_close(lse, due.lse, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("axes", ["heads first", "rows first"])

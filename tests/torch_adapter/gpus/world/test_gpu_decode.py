@@ -6,6 +6,7 @@ import torch.distributed as dist
 from decoding import CALLS, check
 
 import ringcore
+from ringcore import TransportError
 from ringcore_torch import TorchTransport
 
 
@@ -22,6 +23,38 @@ def test_decoding(ring, layout, name, rows):
     found = [None] * ring.size
     dist.all_gather_object(found, bits)
     assert len(set(found)) == 1
+
+
+def test_a_captured_call_is_replayed_over_new_queries_and_keys(ring):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, h, s, 64, generator=generator).cuda() for h, s in ((8, 1), (2, 96), (2, 96)))
+    mine = [ringcore.shard(x, "striped", ring.rank, ring.size).contiguous() for x in (k, v)]
+    keywords = {"ring": ring, "layout": "striped", "key_lengths": [90, 33]}
+    asked, stream = q.clone(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            ringcore.decode_attention(asked, *mine, **keywords)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out, _ = ringcore.decode_attention(asked, *mine, **keywords)
+    for n in range(6):
+        asked.copy_(q * (n + 1))
+        if n == 3:  # a call of another kind in between
+            ringcore.decode_attention(asked, *mine, ring=ring, layout="striped")
+        if ring.rank == n % ring.size:
+            torch.cuda._sleep(3_000_000)
+        graph.replay()
+        due, _ = ringcore.decode_attention(q.double() * (n + 1), k.double(), v.double(), key_lengths=[90, 33])
+        assert float((out - due).abs().max()) < 1e-5
+
+
+def test_a_capture_of_what_was_not_agreed_on_is_refused(ring):
+    q, k, v = (torch.zeros(1, h, s, 64, device="cuda") for h, s in ((8, 1), (2, 48), (2, 48)))
+    ringcore.decode_attention(q, k, v, ring=ring, key_lengths=[20])
+    torch.cuda.synchronize()
+    with pytest.raises(TransportError, match="not what they last agreed on"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ringcore.decode_attention(q, k, v, ring=ring, key_lengths=[21])
 
 
 def test_calls_that_queue_up_on_several_streams_do_not_mix(ring):
