@@ -154,7 +154,7 @@ def attend(
                 "ring_attention_vjp with it."
             )
 
-    call = Call(name, **keywords)
+    call = Call(name, resumed=partial is not None, unfinished=return_partial is True, **keywords)
     prepared = call.prepare(inputs, further)
     if partial is not None:
         prepared.resume(partial)

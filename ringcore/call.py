@@ -42,6 +42,7 @@ from ringcore.work import BackwardWork, ForwardWork, travels_narrow
 Further = TypeVar("Further")
 
 _KEPT = 64  # signatures that a call remembers
+_PIECES = 256  # of a layout that is told by its text
 _PLAIN = (type(None), bool, int, float, str, DoubleRing)
 _known_of_ring: WeakKeyDictionary[Transport | Grid, dict[str, dict[Any, Known]]] = WeakKeyDictionary()
 _TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
@@ -52,7 +53,8 @@ GRADIENTS = ("q", "k", "v", "bias", "sinks", "prefix_k", "prefix_v")
 class Call:
     """The keywords of one call, as they came; see `ringcore.ring_attention` for what they mean.
 
-    name: the function that was called. gradient: whether gradients are wanted, those that ``wrt`` names.
+    name: the function that was called. resumed, unfinished: whether a partial is given, or asked for. gradient: whether
+    gradients are wanted, those that ``wrt`` names.
     known: what calls like this one found out about arrays, by their signature; None looks for them by the keywords.
     """
 
@@ -78,6 +80,8 @@ class Call:
     mask_of: Mask | None = None
     dilation: Any = None
     schedule: Schedule = RING
+    resumed: bool = False
+    unfinished: bool = False
     gradient: bool = False
     wrt: Any = ()
     known: dict[Any, Known] | None = field(default=None, repr=False, compare=False)
@@ -115,7 +119,10 @@ class Call:
                 wanted = sorted(self.wrt) if self.gradient else None
                 ranks = transport.ring.size if isinstance(transport, Grid) else transport.size
                 narrow = self.gradient and travels_narrow(arguments.k, known.kernels, ranks)
-                known.common = common_of(self.name, arguments, wrt=wanted, **{_TRAVEL: narrow})
+                alike: dict[str, Any] = {_TRAVEL: narrow}
+                if isinstance(transport, Grid):  # where they are traded
+                    alike |= {"whether partial is given": self.resumed, "return_partial": self.unfinished}
+                known.common = common_of(self.name, arguments, wrt=wanted, **alike)
             return (arguments, known), Note(known.common, (arguments.q.shape[2], arguments.k.shape[2]))
 
         if getattr(transport, "capturing", bool)():
@@ -130,9 +137,7 @@ class Call:
             (agreed,) = known.agreed.values()
         else:
             (arguments, known), agreed = agree(transport, check)
-            if len(known.agreed) >= _KEPT:
-                known.agreed.clear()
-            known.agreed[agreed.q_lengths, agreed.k_lengths] = agreed
+            known.agree_on(agreed)
         session: Session
         if isinstance(transport, Grid):
             session = GridSession(transport, arguments, agreed)
@@ -216,7 +221,7 @@ class Known:
 
     check_array: what their library must still be asked about each one. local: where it runs without a ring of
     processes. common: what the ranks of a ring must have in common; agreed: what they agreed on, by their lengths.
-    decoded: what was last decoded, and agreed on.
+    decoded: how far a cache was filled when it was last decoded.
     """
 
     arguments: Arguments
@@ -225,7 +230,13 @@ class Known:
     local: LocalSession | None = None
     common: bytes | None = None
     agreed: dict[tuple[tuple[int, ...], tuple[int, ...]], Agreed] = field(default_factory=dict)
-    decoded: tuple[Any, Agreed] | None = None
+    decoded: Any = None
+
+    def agree_on(self, agreed: Agreed) -> None:
+        """Remember what the ranks agreed on."""
+        if len(self.agreed) >= _KEPT:
+            self.agreed.clear()
+        self.agreed[agreed.q_lengths, agreed.k_lengths] = agreed
 
 
 @dataclass(frozen=True)
@@ -281,9 +292,10 @@ class Prepared:
     def resume(self, partial: Partial) -> None:
         """Let forward begin with what these queries saw before; ``partial`` stays as it is."""
         wide = partial.widened
-        parts = self.session.split("q", (wide.weighted, wide.maximum, wide.total))
-        for work, own in zip(self._works, parts, strict=True):
-            work.resume(Partial(*(self._xp.asarray(x, copy=True) for x in own)))
+        with self.session.guarded():
+            parts = self.session.split("q", (wide.weighted, wide.maximum, wide.total))
+            for work, own in zip(self._works, parts, strict=True):
+                work.resume(Partial(*(self._xp.asarray(x, copy=True) for x in own)))
 
     def forward(self, keep_wide: bool = False) -> Result:
         """Run the ring. keep_wide: ``wide`` of the result is in the accumulation dtype, which `backward` reads."""
@@ -313,6 +325,8 @@ class Prepared:
 
     def _backward(self, result: Result, dout: Array, dlse: Array | None, wrt: Sequence[str]) -> tuple[Array, ...]:
         arguments, session = self.arguments, self.session
+        if session.anywhere(dlse is not None) and dlse is None:
+            dlse = self._xp.zeros_like(result.maximum)  # others have one, and what is traded must be alike
         rows = (swap_axes(dout, arguments.axes), dlse, result.out, result.wide, result.maximum, result.total)
         backward: list[Any] = [
             BackwardWork(work, *cast(Any, parts), wanted=frozenset(wrt))
@@ -373,6 +387,8 @@ def _known_alone(key: str) -> dict[Any, Known]:
 
 def _plain(x: Any) -> bool:
     """Whether x is all that its text says."""
+    if type(x) is Layout:
+        return sum(map(len, x.shards)) <= _PIECES
     return type(x) in _PLAIN or (type(x) in (tuple, list) and all(map(_plain, x)))
 
 

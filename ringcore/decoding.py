@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from ringcore.agreement import Note, agree, common_of, with_further
 from ringcore.arguments import (
@@ -36,6 +36,10 @@ from ringcore.values import Array, Blocks, Plan, namespace
 from ringcore.visiting_queries import QueryWork, partial_of
 from ringcore.work import ForwardWork
 
+Found: TypeAlias = list[Partial | Array]
+"""What rows of q saw, one part of them after the other: a partial, or all ranks' packed partials, stacked."""
+
+_MOST = 1 << 24  # numbers of all ranks' partials at once
 _EVERY = slice(None), slice(None), slice(None), ...
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 
@@ -89,7 +93,9 @@ def decode_attention(
         query_offset=0, key_lengths=None, layout=layout, q_layout=q_layout, axes=axes, kernels=kernels,
     )  # fmt: skip
     inputs, filled = Inputs.of(q, k, v, sinks=sinks), Filled(key_lengths, query_offset)
-    out, lse = _finished((_in_this_process if ring is None else _on_this_rank)(call, inputs, filled), q)
+    found = (_in_this_process if ring is None else _on_this_rank)(call, inputs, filled)
+    parts = [_finished(part, q) for part in found]
+    out, lse = parts[0] if len(parts) == 1 else (namespace(q).concat(x, axis=2) for x in zip(*parts, strict=True))
     return swap_axes(out, axes), lse
 
 
@@ -126,7 +132,7 @@ class Filled(NamedTuple):
         )  # fmt: skip
 
 
-def _in_this_process(call: Call, inputs: Inputs, filled: Filled) -> Partial:
+def _in_this_process(call: Call, inputs: Inputs, filled: Filled) -> Found:
     known, arguments = _checked(call, call.remembered(None), inputs, filled)
     kernels = known.kernels
     (queries, keys), size = (x.shape[2] for x in (arguments.q, arguments.k)), call.ring_size or 1
@@ -136,12 +142,21 @@ def _in_this_process(call: Call, inputs: Inputs, filled: Filled) -> Partial:
     ks, vs = ([shard(x, k_layout, rank, size) for rank in range(size)] for x in (arguments.k, arguments.v))
     if q_layout is None:
         every = (_own(arguments, kernels, ks[rank], vs[rank], k_layout, seen, rank) for rank in range(size))
-        return _unpacked(reduce(_merge_packed, map(_packed, every))) if size > 1 else next(every)
+        return [_unpacked(reduce(_merge_packed, map(_packed, every))) if size > 1 else next(every)]
     plans, make = _travels(arguments, kernels, q_layout, k_layout, seen)
     works = [make(shard(arguments.q, q_layout, rank, size), ks[rank], vs[rank]) for rank in range(size)]
     came = run_local([ring_loop(plan, work) for plan, work in zip(plans, works, strict=True)])
     found = [fields(_seen(work, home)) for work, home in zip(works, came, strict=True)]
-    return Partial(*(unshard(parts, q_layout) for parts in zip(*found, strict=True)))
+    return [Partial(*(unshard(parts, q_layout) for parts in zip(*found, strict=True)))]
+
+
+def _in_rows(own: Partial, ranks: int) -> list[Partial]:
+    """Parts of its rows, of which those of all ranks together are of bounded size."""
+    batch, heads, rows, width = own.weighted.shape
+    step = max(1, _MOST // (max(1, ranks * batch * heads) * (width + 2)))
+    if step >= rows or ranks == 1:
+        return [own]
+    return [Partial(*(x[:, :, n : n + step, ...] for x in fields(own))) for n in range(0, rows, step)]
 
 
 def _finished(found: Partial | Array, q: Array) -> tuple[Array, Array]:
@@ -159,7 +174,7 @@ def _finished(found: Partial | Array, q: Array) -> tuple[Array, Array]:
     return out, arithmetic.finished_lse(maximum, total, -math.inf)
 
 
-def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial | Array:
+def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Found:
     transport = find_transport(call.ring, like=inputs.q)
     remembered = call.remembered(find_transport(call.ring))
 
@@ -168,11 +183,11 @@ def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial | Array
         if transport.size > 1:
             transport.check(arguments.q, arguments.k, arguments.v)
         if known.common is None:
-            known.common = common_of(call.name, arguments)
+            known.common = common_of(call.name, known.arguments.about(inputs))
         rows, keys = arguments.q.shape[2], arguments.k.shape[2]
         # These change from token to token.
         further: dict[str, Any] = {
-            "key_lengths": arguments.key_lengths, "query_offset": arguments.offsets,
+            "filled": arguments.key_lengths, "offset": arguments.offsets,
             "whether query_offset is given": filled.query_offset is not None,
             "rows of q, which every rank must have": rows if call.q_layout is None else "dealt",
         }  # fmt: skip
@@ -181,16 +196,20 @@ def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial | Array
     if getattr(transport, "capturing", bool)():
         # What a graph replays is what the ranks agreed on before.
         known, arguments = _checked(call, remembered, inputs, filled)
-        last = known.decoded
-        if last is None or last[0] != (arguments.key_lengths, arguments.offsets, filled.query_offset is None):
+        if known.decoded != (arguments.key_lengths, arguments.offsets, filled.query_offset is None) or (
+            len(known.agreed) != 1
+        ):
             raise TransportError(
                 "decode_attention on a ring was captured in a graph, where the ranks cannot agree on it, and it is not "
-                "what they last agreed on for arrays like these. Run it once on every rank, then capture it."
+                "what they last agreed on for arrays like these, or that was on several choices of lengths. Run it "
+                "once on every rank as it shall be captured, and with no others; a layout of many pieces, or kernels "
+                "that are an object, cannot be captured."
             )
-        kernels, agreed = known.kernels, last[1]
+        kernels, (agreed,) = known.kernels, known.agreed.values()
     else:
         (arguments, kernels, known), agreed = agree(transport, check)
-        known.decoded = (arguments.key_lengths, arguments.offsets, filled.query_offset is None), agreed
+        known.decoded = arguments.key_lengths, arguments.offsets, filled.query_offset is None
+        known.agree_on(agreed)
     k_layout = _dealt(arguments.k_layout, agreed.k_lengths, "k")
     q_layout = None if call.q_layout is None else _dealt(call.q_layout, agreed.q_lengths, "q")
     queries = arguments.q.shape[2] if q_layout is None else q_layout.length
@@ -198,10 +217,10 @@ def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Partial | Array
     try:
         if q_layout is None:
             own = _own(arguments, kernels, arguments.k, arguments.v, k_layout, seen, transport.rank)
-            return _merged(transport, own)
+            return [_merged(transport, part) for part in _in_rows(own, transport.size)]
         plans, make = _travels(arguments, kernels, q_layout, k_layout, seen)
         work = make(arguments.q, arguments.k, arguments.v)
-        return _seen(work, run_plans(transport, plans, work))
+        return [_seen(work, run_plans(transport, plans, work))]
     except BaseException as error:  # such as too little memory, for which the others would wait
         transport.abort(error)
         raise

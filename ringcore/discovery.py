@@ -66,20 +66,22 @@ def find_arithmetic(q: Array) -> Arithmetic:
 
 def find_ring(ring: Any, like: Any = None) -> Transport | Grid:
     """What the user gave as ``ring``: a transport, as `find_transport`, or a grid of two."""
+    carry = _carrier(library_name(like)) if array_api_compat.is_array_api_obj(like) else None
+    found = _host_ring(ring)
+    if carry is None:
+        return found
+    return found.carried(carry) if isinstance(found, Grid) else carry(found)
+
+
+def _host_ring(ring: Any) -> Transport | Grid:
+    """What carries host memory."""
     if isinstance(ring, Grid):
-        return grid_of(find_transport(ring.ring, like), find_transport(ring.heads, like))
+        return ring
     if isinstance(ring, tuple):
         if len(ring) != 2:
-            raise KeywordError(
-                f"ring holds {len(ring)} groups; a grid has two, (ring between groups, heads inside one)."
-            )
-        between, inside = (find_transport(each, like) for each in ring)
-        return grid_of(between, inside)
-    transport = _host_transport(ring)
-    if isinstance(transport, Grid):
-        return find_ring(transport, like)
-    carry = _carrier(library_name(like)) if array_api_compat.is_array_api_obj(like) else None
-    return transport if carry is None else carry(transport)
+            raise KeywordError(f"ring holds {len(ring)} groups; a grid has two, (between groups, inside one).")
+        return grid_of(*map(find_transport, ring))
+    return _host_transport(ring)
 
 
 def find_transport(ring: Any, like: Any = None) -> Transport:

@@ -9,6 +9,7 @@ from typing import Any
 from ringcore.arguments import Arguments, Inputs, check_flag
 from ringcore.call import Call
 from ringcore.discovery import find_ring
+from ringcore.grid import Grid, check_for_grid
 from ringcore.layout import AUTO, Layout
 from ringcore.partial import Partial
 from ringcore.positions import NUMBERS, SIDE, Mask
@@ -109,9 +110,15 @@ def explain(
     where = f"local ring of {ring_size or 1} rank(s), all in this process"
     if ring is not None:
         transport = find_ring(ring, like=arguments.q)
+        if isinstance(transport, Grid):
+            check_for_grid(arguments, transport)
+        elif schedule != RING and hasattr(transport, "check_schedule"):
+            transport.check_schedule(schedule, arguments.q)
         if transport.size > 1:
             transport.check(arguments.q, arguments.k, arguments.v)
         where = transport_words(transport)
+    if schedule != RING:
+        where += f"; schedule {schedule!r}"
     return Explanation(
         chosen.capabilities.name, tuple(passed), where, _layout_words(*layouts),
         tuple(_costs(arguments)),

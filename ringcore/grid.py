@@ -7,12 +7,11 @@ Fang and Zhao 2024 (arXiv:2405.07719).
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
-from functools import lru_cache
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 from ringcore.arguments import Arguments
-from ringcore.errors import KeywordError, ShapeError, UnsupportedError
+from ringcore.errors import KeywordError, RingcoreError, ShapeError, UnsupportedError
 from ringcore.protocols import Transport
 from ringcore.routes import RING
 from ringcore.values import Array
@@ -28,10 +27,19 @@ class Grid:
     """
 
     def __init__(self, ring: Transport, heads: Transport) -> None:
+        self._put(ring, heads)
+        self._check_shape()
+
+    def _put(self, ring: Transport, heads: Transport) -> None:
         self.ring, self.heads = ring, heads
         self.rank, self.size = ring.rank * heads.size + heads.rank, ring.size * heads.size
         self.node, self.sharers = ring.node, max(ring.sharers, heads.sharers)
-        self._check_shape()
+
+    def carried(self, carry: Callable[[Transport], Transport]) -> Grid:
+        """The same grid, with its transports under what ``carry`` makes of them."""
+        grid = object.__new__(Grid)
+        grid._put(carry(self.ring), carry(self.heads))
+        return grid
 
     @property
     def explain(self) -> str:
@@ -51,8 +59,12 @@ class Grid:
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
-        inside = [part.hex() for part in self.heads.gather(note)]
-        groups = self.ring.gather(json.dumps(inside).encode())
+        try:
+            inside = [part.hex() for part in self.heads.gather(note)]
+            groups = self.ring.gather(json.dumps(inside).encode())
+        except RingcoreError as error:  # which the other of the two has not heard of
+            self.abort(error)
+            raise
         return tuple(bytes.fromhex(part) for group in groups for part in json.loads(group))
 
     def abort(self, error: BaseException) -> None:
@@ -85,13 +97,11 @@ class Grid:
 
 
 def grid_of(ring: Transport, heads: Transport) -> Grid:
-    """The grid of these two, made once. The first call is collective."""
-    return _kept(cast(Hashable, ring), cast(Hashable, heads))
-
-
-@lru_cache(maxsize=8)
-def _kept(ring: Any, heads: Any) -> Grid:
-    return Grid(ring, heads)
+    """The grid of these two, kept as long as the first. The first call is collective."""
+    made: dict[int, Grid] = getattr(ring, "__dict__", {}).setdefault("_grids", {})
+    if id(heads) not in made:
+        made[id(heads)] = Grid(ring, heads)  # which keeps the second, so that no other gets its id
+    return made[id(heads)]
 
 
 def check_for_grid(arguments: Arguments, grid: Grid) -> None:

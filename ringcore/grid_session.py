@@ -39,20 +39,18 @@ class GridSession(Agreeing):
         """This rank's part of them."""
         return self.grid.part(count)
 
+    def anywhere(self, given: bool) -> bool:
+        """Whether it is to any rank of the group."""
+        return b"1" in self.grid.heads.gather(b"1" if given else b"0")
+
     def split(self, side: Side, arrays: Sequence[Array | None]) -> list[tuple[Array | None, ...]]:
         """The group's rows of this rank's heads."""
-        given = [x for x in arrays if x is not None]
-        wide = [x if x.ndim == 4 else x[..., None] for x in given]
-        came = heads_for_rows(self.grid.heads, wide, self._lengths[side])
-        own = iter(x if like.ndim == 4 else x[..., 0] for x, like in zip(came, given, strict=True))
-        return [tuple(None if x is None else next(own) for x in arrays)]
+        return [_of_each(arrays, lambda wide: heads_for_rows(self.grid.heads, wide, self._lengths[side]))]
 
     def join(self, side: Side, parts: Sequence[Blocks]) -> Blocks:
         """This rank's rows of all heads."""
         (given,) = parts
-        wide = [x if x.ndim == 4 else x[..., None] for x in given]
-        came = rows_for_heads(self.grid.heads, wide, self._lengths[side])
-        return tuple(x if like.ndim == 4 else x[..., 0] for x, like in zip(came, given, strict=True))
+        return _of_each(given, lambda wide: rows_for_heads(self.grid.heads, wide, self._lengths[side]))
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run this rank's loop, around the ring between groups."""
@@ -66,8 +64,18 @@ class GridSession(Agreeing):
         return arrays
 
 
+def _of_each(arrays: Sequence[Array | None], trade: Callable[[Sequence[Array]], Blocks]) -> tuple[Any, ...]:
+    """What ``trade`` makes of arrays with four axes, for arrays with three or four; one that comes twice goes once."""
+    once = {id(x): x for x in arrays if x is not None}
+    came = trade([x if x.ndim == 4 else x[..., None] for x in once.values()])
+    found = dict(zip(once, came, strict=True))
+    return tuple(None if x is None else found[id(x)] if x.ndim == 4 else found[id(x)][..., 0] for x in arrays)
+
+
 def heads_for_rows(group: Transport, arrays: Sequence[Array], lengths: Sequence[int]) -> Blocks:
     """Arrays [B, H, S, D] of this rank's rows as [B, H / ranks, rows of all ranks, D]."""
+    if group.size == 1:
+        return tuple(arrays)
     ends = [0, *accumulate(lengths)]
     widths = [x.shape[3] for x in arrays]
     given = tuple(heads_as_rows(x, group.size) for x in arrays)
@@ -88,6 +96,8 @@ def heads_for_rows(group: Transport, arrays: Sequence[Array], lengths: Sequence[
 
 def rows_for_heads(group: Transport, arrays: Sequence[Array], lengths: Sequence[int]) -> Blocks:
     """Arrays [B, H / ranks, rows of all ranks, D] as [B, H, S, D] of this rank's rows: `heads_for_rows` backwards."""
+    if group.size == 1:
+        return tuple(arrays)
     ends = [0, *accumulate(lengths)]
     mine = lengths[group.rank]
     into = [empty((x.shape[0], x.shape[1] * group.size, mine, x.shape[3]), x) for x in arrays]

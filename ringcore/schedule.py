@@ -6,7 +6,7 @@ Everything here is plain Python over shapes and keywords; no array is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import product, zip_longest
 
@@ -55,10 +55,11 @@ def one_ring_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -
 
 def query_plans(q_layout: Layout, k_layout: Layout, visibility: Visibility) -> tuple[Plan, ...]:
     """Every rank's plan where k and v stay, q visits, and what its rows saw is carried home."""
-    return rotation(
+    plans = rotation(
         q_layout.size,
         lambda resident, visitor: tiles_between(q_layout.shards[visitor], k_layout.shards[resident], visibility),
     )
+    return tuple(replace(plan, queries_visit=True) for plan in plans)
 
 
 def rows_moved(plans: Sequence[Plan], layout: Layout) -> tuple[int, int]:

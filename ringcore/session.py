@@ -72,6 +72,10 @@ class Session(Protocol):
         """Which of so many heads are computed here."""
         ...
 
+    def anywhere(self, given: bool) -> bool:
+        """Whether something is given to any of the ranks that trade arrays like this one's with it."""
+        ...
+
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run the ring loop of every shard here; what came home."""
         ...
@@ -124,6 +128,10 @@ class LocalSession:
     def heads(self, count: int) -> slice:
         """All."""
         return slice(0, count, 1)
+
+    def anywhere(self, given: bool) -> bool:
+        """As here: nothing is traded."""
+        return given
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run all ranks' loops in turn."""
@@ -189,6 +197,10 @@ class ProcessSession(Agreeing):
     def heads(self, count: int) -> slice:
         """All."""
         return slice(0, count, 1)
+
+    def anywhere(self, given: bool) -> bool:
+        """As here: nothing is traded."""
+        return given
 
     def run(self, works: Sequence[Work]) -> list[Blocks | None]:
         """Run this rank's loop."""

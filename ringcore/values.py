@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -192,12 +192,14 @@ class Plan:
 
     home: from whom the accumulators of this rank's own block arrive at the end, in the order in
         which they are added to its own share.
+    queries_visit: blocks are rows of q, not of k and v.
     """
 
     rank: int
     size: int
     steps: tuple[Step, ...]
     home: tuple[Move, ...] = ()
+    queries_visit: bool = False
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -206,14 +208,18 @@ class Plan:
 
     def seen(self, block: int, part: range | None = None) -> slice:
         """The rows of a visiting block, or of a part, from the first to the last that a tile of this rank reads."""
-        rows = span(tile for step in self.steps if (step.block, step.rows) == (block, part) for tile in step.tiles)
+        tiles = (tile for step in self.steps if (step.block, step.rows) == (block, part) for tile in step.tiles)
+        rows = _hull([tile.rows for tile in tiles]) if self.queries_visit else span(tiles)
         return slice(rows.start, rows.stop)
 
 
 def span(tiles: Iterable[Tile]) -> range:
-    """The rows of a visiting block from the first to the last that these tiles read."""
-    columns = [tile.columns for tile in tiles]
-    return range(min((c.start for c in columns), default=0), max((c.stop for c in columns), default=0))
+    """The rows of visiting k and v from the first to the last that these tiles read."""
+    return _hull([tile.columns for tile in tiles])
+
+
+def _hull(parts: Sequence[slice]) -> range:
+    return range(min((part.start for part in parts), default=0), max((part.stop for part in parts), default=0))
 
 
 @dataclass(frozen=True)

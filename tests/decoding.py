@@ -8,6 +8,7 @@ BATCH, HEADS, KEY_HEADS, ROOM, WIDTH = 2, 4, 2, 22, 6
 CALLS = {
     "full": {},
     "growing": {"key_lengths": [17, 4], "window": (6, 0)},
+    "few keys": {"key_lengths": [13, 12], "causal": False},
     "sinks": {"sinks": np.linspace(-1.0, 2.0, HEADS), "softcap": 2.0, "key_lengths": [9, 22]},
 }
 

@@ -13,6 +13,7 @@ import ringcore
 from ringcore import KeywordError, LayoutError, UnsupportedError, decode_attention, decoding
 from ringcore.schedule import query_plans, ring_plans
 from ringcore.tiling import Visibility
+from ringcore.values import Finish
 from ringcore.visiting_queries import QueryWork
 
 sys.path.append(str(Path(__file__).parent / "conformance"))
@@ -126,6 +127,55 @@ def test_what_moves_fewer_bytes_visits():
             for move in moves
         )
         assert sent == of_queries
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"key_lengths": [33], "causal": False}, {"key_lengths": [42], "window": 12}, {"query_offset": 38}]
+)
+def test_what_is_fetched_of_visiting_queries_is_all_that_is_read(keywords, monkeypatch):
+    """A transport that reads in place gives rows that no tile reads as it likes: here NaN."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((1, 2, rows, 4)) for rows in (8, 64, 64))
+    planned, travels, made = [], decoding._travels, decoding.run_local
+
+    def run(loops):
+        return made([poisoning(loop, plan) for loop, plan in zip(loops, planned[0], strict=True)])
+
+    def poisoning(loop, plan):
+        reply = None
+        while True:
+            try:
+                request = loop.send(reply)
+            except StopIteration as stop:
+                return stop.value
+            reply = yield request
+            if isinstance(request, Finish) and request.token[0] == "visiting":
+                rows = {move: plan.seen(move.block, move.rows) for move in reply}
+                reply = {move: tuple(seen_of(x, rows[move]) for x in blocks) for move, blocks in reply.items()}
+
+    def seen_of(x, rows):
+        found = np.full_like(x, np.nan)
+        found[:, :, rows] = x[:, :, rows]
+        return found
+
+    def noted(*given):
+        planned.append(travels(*given)[0])
+        return travels(*given)
+
+    monkeypatch.setattr(decoding, "_travels", noted)
+    monkeypatch.setattr(decoding, "run_local", run)
+    monkeypatch.setattr(decoding, "bytes_of_queries", lambda *_: -1)
+    out, _ = decode_attention(q, k, v, ring_size=2, q_layout="contiguous", **keywords)
+    monkeypatch.undo()
+    np.testing.assert_allclose(out, decode_attention(q, k, v, **keywords)[0], atol=1e-12)
+
+
+def test_many_queries_exchange_partials_in_parts(monkeypatch):
+    monkeypatch.setattr(decoding, "_MOST", 100)
+    own = ringcore.empty_partial(np.zeros((1, 2, 9, 3)), 4)
+    parts = decoding._in_rows(own, 2)
+    assert [part.maximum.shape[2] for part in parts] == [4, 4, 1]
+    assert decoding._in_rows(own, 1) == [own]
 
 
 def test_axes_and_half_types():

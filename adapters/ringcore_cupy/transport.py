@@ -91,8 +91,9 @@ class CupyTransport:
         """Raise UnsupportedError for CUDA IPC, in which accumulators go on to one rank alone."""
         if not self._carriers.messages_alone:
             raise UnsupportedError(
-                f"schedule is {schedule!r}, which orders messages, but GPUs that reach each other's memory read blocks "
-                'straight from their owner. Leave it out, or give ring=CupyTransport(comm, carrier="nccl") or "host".'
+                f"schedule is {schedule!r}, which orders messages, but this ring may read blocks straight from the "
+                "memory of their owner's GPU. Leave it out, or have messages sent: "
+                'ring=CupyTransport(comm, carrier="nccl"), or "mpi", or "host".'
             )
 
     def gather(self, note: bytes) -> tuple[bytes, ...]:

@@ -166,19 +166,19 @@ def _packed(  # type: ignore[no-untyped-def]
     start = stacked + row * (width + 2)
     largest = float("-inf")
     for n in tl.static_range(count):
-        total = tl.load(start + n * step + width + 1)
-        largest = tl.maximum(largest, tl.where(total > 0.0, tl.load(start + n * step + width), float("-inf")))
+        total, maximum = tl.load(start + n * step + width + 1), tl.load(start + n * step + width)
+        largest = tl.maximum(largest, tl.where(total != 0.0, maximum, float("-inf")))
     reference = tl.where(largest == float("-inf"), 0.0, largest)
     sums = 0.0
     found = tl.zeros((columns,), tl.float32)
     for n in tl.static_range(count):
-        total = tl.load(start + n * step + width + 1)
-        maximum = tl.where(total > 0.0, tl.load(start + n * step + width), float("-inf"))
-        factor = tl.exp(maximum - reference)
-        sums += factor * tl.where(total > 0.0, total, 0.0)
-        # What stands in a row that saw no key is never read into a sum: it may be NaN.
-        found += factor * tl.where(total > 0.0, tl.load(start + n * step + column, inside, 0.0), 0.0)
-    seen = sums > 0.0
-    sums = tl.where(seen, sums, 1.0)
+        total, maximum = tl.load(start + n * step + width + 1), tl.load(start + n * step + width)
+        # What stands in a row that saw no key is never read into a sum: it may be NaN. NaN in one that did shows.
+        seen = tl.where(maximum != float("-inf"), tl.where(total != 0.0, 1, 0), 0)
+        factor = tl.where(seen == 1, tl.exp(maximum - reference), 0.0)
+        sums += tl.where(seen == 1, factor * total, 0.0)
+        found += tl.where(seen == 1, factor * tl.load(start + n * step + column, inside, 0.0), 0.0)
+    unseen = sums == 0.0
+    sums = tl.where(unseen, 1.0, sums)
     tl.store(out + row * width + column, (found / sums).to(out.dtype.element_ty), inside)
-    tl.store(lse + row, tl.where(seen, reference + tl.log(sums), float("-inf")))
+    tl.store(lse + row, tl.where(unseen, float("-inf"), reference + tl.log(sums)))

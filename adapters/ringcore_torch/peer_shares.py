@@ -36,7 +36,7 @@ class PeerShares:
 
     def of_all(self, x: Tensor) -> Tensor:
         """Copies of all ranks' tensors, which are like x, stacked in the order of ranks. Collective."""
-        if x.nbytes > self._room:
+        if self._handle is None or x.nbytes > self._room:
             self._grow(x.nbytes)
         stream, capturing = torch.cuda.current_stream(self._device), torch.cuda.is_current_stream_capturing()
         if self._read is not None and not capturing:
@@ -73,11 +73,11 @@ class PeerShares:
                 "stream. Run the call once, then capture it."
             )
         if self._handle is not None:
-            self._outgrown.append(self._handle)
+            self._outgrown.append((self._memory, self._handle))
             self._known.clear()
         self._room = max(_LEAST, 1 << (least - 1).bit_length())
-        memory = symmetric_memory.empty(3 * self._room, dtype=torch.uint8, device=self._device)
-        self._handle = symmetric_memory.rendezvous(memory, self._meeting.name)
+        self._memory: Any = symmetric_memory.empty(3 * self._room, dtype=torch.uint8, device=self._device)
+        self._handle = symmetric_memory.rendezvous(self._memory, self._meeting.name)
         # Torch clears it on the default stream: a signal that comes before would be wiped out.
         torch.cuda.default_stream(self._device).synchronize()
         self._circle.gather(b"cleared")

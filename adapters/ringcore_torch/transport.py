@@ -91,8 +91,9 @@ class TorchTransport:
         """Raise UnsupportedError for peer memory, in which accumulators go on to one rank alone."""
         if x.is_cuda and self._asked != NCCL:
             raise UnsupportedError(
-                f"schedule is {schedule!r}, which orders messages, but GPUs that reach each other's memory read blocks "
-                'straight from their owner. Leave it out, or give ring=TorchTransport(group, carrier="nccl").'
+                f"schedule is {schedule!r}, which orders messages, but this ring may read blocks straight from the "
+                "memory of their owner's GPU. Leave it out, or have messages sent: "
+                'ring=TorchTransport(group, carrier="nccl").'
             )
 
     def capturing(self) -> bool:

@@ -104,6 +104,23 @@ MUTANTS = (
         error="Failed",
     ),
     Mutant(
+        "rows of visiting queries fetched as if they were keys",
+        "ringcore/values.py",
+        "rows = _hull([tile.rows for tile in tiles]) if self.queries_visit else span(tiles)",
+        "rows = span(tiles)",
+        "tests/test_decode.py",
+        "visiting_queries_is_all",
+    ),
+    Mutant(
+        "a gradient of lse that one rank of a grid trades alone",
+        "ringcore/grid_session.py",
+        'return b"1" in self.grid.heads.gather(b"1" if given else b"0")',
+        "return given",
+        f"{WORLD}/test_mpi_topology.py",
+        "is_not_traded",
+        ranks=2,
+    ),
+    Mutant(
         "sinks of visiting queries counted by every rank",
         "ringcore/visiting_queries.py",
         "sinks = self.sinks if q is self.q else None",

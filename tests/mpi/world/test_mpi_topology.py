@@ -1,11 +1,14 @@
 """Grids of heads and ring, double rings and rings both ways: what crosses between groups, and what is refused."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 import ringcore
-from ringcore import DoubleRing, Grid, KeywordError, PeerError, ShapeError, UnsupportedError
+from ringcore import AgreementError, DoubleRing, Grid, KeywordError, PeerError, ShapeError, UnsupportedError
 from ringcore_mpi import MpiTransport
 
 WORLD = MPI.COMM_WORLD
@@ -188,6 +191,48 @@ def test_what_a_grid_cannot_deal_is_refused_on_every_rank():
     with pytest.raises(KeywordError if WORLD.rank == 0 else PeerError):
         ringcore.ring_attention(q, k, v, ring=ring, causal=wrong["causal"])
     check(ring, "striped")
+
+
+def test_what_ranks_of_a_grid_give_may_differ_only_where_it_is_not_traded():
+    heads = 2 if WORLD.size % 2 == 0 else 1
+    ring, last = grid_comms(heads), WORLD.rank == WORLD.size - 1
+    q, k, v, dout = mine()
+    whole = arrays()
+    # One rank has a gradient of lse: for the others it is 0.
+    (_, lse), pullback = ringcore.ring_attention_vjp(q, k, v, ring=ring)
+    rows = ringcore.contiguous(LENGTH, WORLD.size)
+    dlse = np.ones(lse.shape) if last else None
+    due_dlse = np.zeros(whole[0].shape[:3])
+    due_dlse[:, :, rows.positions(WORLD.size - 1)] = 1.0
+    _, of_due = ringcore.ring_attention_vjp(*whole[:3], kernels="reference")
+    for x, due in zip(pullback(dout, dlse), of_due(whole[3], due_dlse), strict=True):
+        np.testing.assert_allclose(x, ringcore.shard(due, "contiguous", WORLD.rank, WORLD.size), atol=1e-12)
+    # Partials are traded: all ranks give one, or none.
+    first = ringcore.ring_attention(q, k, v, ring=ring, mask=lambda i, j: j % 2 == 0, return_partial=True)
+    odd = {"mask": lambda i, j: j % 2 == 1}
+    out = ringcore.ring_attention(q, k, v, ring=ring, partial=first, **odd)
+    due = ringcore.ring_attention(*whole[:3], kernels="reference")
+    np.testing.assert_allclose(out, ringcore.shard(due, "contiguous", WORLD.rank, WORLD.size), atol=1e-12)
+    if WORLD.size > 1:
+        with pytest.raises(AgreementError, match="whether partial is given"):
+            ringcore.ring_attention(q, k, v, ring=ring, partial=first if last else None, **odd)
+        with pytest.raises(AgreementError, match="return_partial"):
+            ringcore.ring_attention(q, k, v, ring=ring, return_partial=last)
+    check(ring, "contiguous")
+
+
+def test_a_grid_is_made_once_and_goes_with_its_ring():
+    between, inside = grid_comms(1)
+    ring, heads = MpiTransport(between), MpiTransport(inside)
+    grid = ringcore.grid_of(ring, heads)
+    assert ringcore.grid_of(ring, heads) is grid
+    assert ringcore.find_ring(grid) is grid
+    kept = weakref.ref(grid)
+    ring.close()
+    heads.close()
+    del ring, heads, grid
+    gc.collect()
+    assert kept() is None
 
 
 def test_heads_that_the_group_does_not_divide():

@@ -126,21 +126,25 @@ def test_many_partials_come_together_in_one_pass(dtype, first):
     assert total.numel() == lse.numel()
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_partials_of_all_ranks_are_merged_and_finished_in_one_launch(dtype, count):
     weighted, maximum = torch.randn(count, 2, 3, 4, 5), 50 * torch.randn(count, 2, 3, 4)
     total = torch.rand(count, 2, 3, 4) + 0.5
-    # A row of which one rank saw nothing, and one of which none did, whatever they hold.
-    for ranks, row in ((slice(0, 1), 0), (slice(None), 1)):
-        weighted[ranks, :, :, row], maximum[ranks, :, :, row], total[ranks, :, :, row] = torch.nan, -torch.inf, 0.0
+    # Rows of which one rank saw nothing, or none did, whatever they hold; and NaN, which must show.
+    for ranks, head, row, told in ((slice(0, 1), 0, 0, 0.0), (slice(None), 0, 1, 0.0), (slice(0, 1), 1, 1, 1.0)):
+        weighted[ranks, :, head, row], total[ranks, :, head, row] = torch.nan, told
+        maximum[ranks, :, head, row] = -torch.inf
+    total[0, :, 2, 0] = maximum[0, :, 2, 1] = weighted[0, :, 2, 2] = torch.nan
     parts = [ringcore.Partial(*x) for x in zip(weighted, maximum, total, strict=True)]
     due = functools.reduce(ringcore.merge, parts, ringcore.empty_partial(weighted[0], 5))
     packed = torch.cat([weighted, maximum[..., None], total[..., None]], -1)
     out, lse = one_pass.finished_packed(packed, dtype)
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), due.out, atol=1e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
-    torch.testing.assert_close(lse, due.lse, atol=1e-5, rtol=1e-5)
+    alike = {"rtol": 1e-2, "equal_nan": True}
+    torch.testing.assert_close(out.float(), due.out, atol=1e-2 if dtype == torch.bfloat16 else 1e-5, **alike)
+    torch.testing.assert_close(lse, due.lse, atol=1e-5, **alike)
+    assert out[:, 2, 2].isnan().all()
 
 
 @pytest.mark.parametrize("axes", ["heads first", "rows first"])
