@@ -94,9 +94,12 @@ class Arguments:
         }  # fmt: skip
         return frozenset(name for name, given in terms.items() if any(x is not None for x in given))
 
-    def about(self, inputs: Inputs) -> Arguments:
-        """The same keywords about other arrays as they came, which were checked or are like those that were."""
-        return replace(self, **_put_in_order(inputs, self.axes)._asdict())
+    def about(self, inputs: Inputs, **changed: Any) -> Arguments:
+        """The same keywords, but those ``changed``, about other arrays as they came.
+
+        They were checked, or are like those that were.
+        """
+        return replace(self, **_put_in_order(inputs, self.axes)._asdict(), **changed)
 
     def without_arrays(self) -> Arguments:
         """The keywords alone, which keep no array in memory."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache, reduce
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -32,7 +31,7 @@ from ringcore.ring import ring as ring_loop
 from ringcore.schedule import query_plans, ring_plans, rows_moved
 from ringcore.session import gathered, run_plans
 from ringcore.tiling import Visibility, tiles_between
-from ringcore.values import Array, Blocks, Plan, namespace
+from ringcore.values import Array, Blocks, Plan, Tile, namespace
 from ringcore.visiting_queries import QueryWork, partial_of
 from ringcore.work import ForwardWork
 
@@ -105,15 +104,11 @@ class Filled(NamedTuple):
     key_lengths: Any
     query_offset: Any
 
-    def of(self, arguments: Arguments) -> Arguments:
-        """The arguments with these."""
-        batch = len(arguments.offsets)
+    def checked(self, batch: int) -> dict[str, Any]:
+        """The same as `Arguments` have it, for so many batch entries; raises KeywordError."""
         offset = 0 if self.query_offset is None else self.query_offset
-        return replace(
-            arguments,
-            offsets=check_offsets(offset, batch),
-            key_lengths=None if self.key_lengths is None else check_key_lengths(self.key_lengths, batch),
-        )
+        lengths = None if self.key_lengths is None else check_key_lengths(self.key_lengths, batch)
+        return {"offsets": check_offsets(offset, batch), "key_lengths": lengths}
 
     def visibility(self, arguments: Arguments, queries: int, keys: int) -> Visibility:
         """What each query sees, of so many queries and keys over all ranks."""
@@ -264,12 +259,18 @@ def _checked(call: Call, remembered: dict[Any, Known], inputs: Inputs, filled: F
             raise LayoutError(f'{name} is "auto", but a cache lies where it was written. Give the layout that it has.')
     known = call.about(remembered, inputs)
     check_detached(q=inputs.q, k=inputs.k, v=inputs.v, sinks=inputs.sinks)
-    return known, filled.of(known.arguments.about(inputs))
+    return known, known.arguments.about(inputs, **filled.checked(len(known.arguments.offsets)))
 
 
 @lru_cache(maxsize=64)
 def _dealt(layout: str | Layout, lengths: tuple[int, ...], what: str) -> Layout:
     return layout_of_lengths(layout, lengths, what)
+
+
+@lru_cache(maxsize=64)
+def _tiles(queries: int, shard: tuple[range, ...], seen: Visibility) -> tuple[Tile, ...]:
+    """What so many queries see of a shard: the same in all layers of a model."""
+    return tiles_between((range(queries),), shard, seen)
 
 
 def _own(
@@ -282,7 +283,7 @@ def _own(
         q, k, v, None, None, sinks=sinks, score=arguments.score, kernels=kernels, lengths=layout.lengths,
         arithmetic=find_arithmetic(q),
     )  # fmt: skip
-    work.visit((k, v), tiles_between((range(q.shape[2]),), layout.shards[rank], seen))
+    work.visit((k, v), _tiles(q.shape[2], layout.shards[rank], seen))
     return work.partial()
 
 
