@@ -55,7 +55,7 @@ LAYERS = {
         "visiting_queries",
         "work",
     ),
-    5: ("__init__", "api", "cli", "decoding", "dilated", "explanation"),
+    5: ("__init__", "api", "cli", "decoding", "dilated", "explanation", "testing"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 PORTABLE = {"array_api_compat"}  # what layers 1 to 4 may import besides the standard library
