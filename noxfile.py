@@ -121,7 +121,15 @@ def cupy_stand_in_ring(session: nox.Session, ranks: int) -> None:
     if ranks == 2:
         session.install(TORCH)  # what is said of tensors beside CuPy's arrays
     pytest(session, "tests/cupy_adapter/ring/world", ranks=ranks)
-    rings = ["mpi", "cupy-ipc", "cupy-nccl", "cupy-mpi", "cupy-host", *(["mpi-nodes"] if ranks > 2 else [])]
+    rings = [
+        "mpi",
+        "cupy-ipc",
+        "cupy-nccl",
+        "cupy-mpi",
+        "cupy-host",
+        *(["mpi-nodes"] if ranks > 2 else []),
+        *(["mpi-grid"] if ranks == 4 else []),
+    ]
     for ring in rings:
         pytest(session, CONFORMANCE, "--backend", "cupy", "--ring", ring, *session.posargs, ranks=ranks)
 

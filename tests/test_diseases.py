@@ -16,7 +16,7 @@ def problem(causal, heads=4, key_heads=2, sinks=False, empty=False, seed=0):
     sees = np.tril(np.ones((LENGTH, LENGTH), bool)) if causal else np.ones((LENGTH, LENGTH), bool)
     if empty:
         sees[3] = False
-    return Problem(2 * q, k, v, dout, 0.5, sees[None, None], sinks=rng.standard_normal(heads) if sinks else None)
+    return Problem(2 * q, k, v, dout, 0.7, sees[None, None], sinks=rng.standard_normal(heads) if sinks else None)
 
 
 PROBLEMS = [

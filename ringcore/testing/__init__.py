@@ -3,9 +3,10 @@
 Needs NumPy: ``pip install "ringcore[numpy]"``.
 """
 
+from ringcore.testing.asking import Fault, Report, ask, check_attention, questions
 from ringcore.testing.diagnosis import Diagnosis, Observation, diagnose
 from ringcore.testing.diseases import DISEASES, Answer, Disease, given_by, right
-from ringcore.testing.problem import Dealt, Problem
+from ringcore.testing.problem import Dealt, Problem, Question
 
 __all__ = [
     "DISEASES",
@@ -13,9 +14,15 @@ __all__ = [
     "Dealt",
     "Diagnosis",
     "Disease",
+    "Fault",
     "Observation",
     "Problem",
+    "Question",
+    "Report",
+    "ask",
+    "check_attention",
     "diagnose",
     "given_by",
+    "questions",
     "right",
 ]

@@ -21,6 +21,23 @@ class Observation:
     problem: Problem
     dealt: Dealt
     given: dict[str, Floats]
+    name: str = ""
+
+    def differences(self, due: Answer) -> dict[str, float]:
+        """Of each result, the largest difference over the largest number due; infinite where just one is NaN.
+
+        Results of which nothing is known are left out.
+        """
+        found = {}
+        for name, came in self.given.items():
+            expected = getattr(due, name)
+            if expected is None:
+                continue
+            both = np.isnan(came) & np.isnan(expected)
+            off = np.where(both, 0.0, np.abs(came - expected))
+            scale = np.nanmax(np.abs(expected), initial=1e-30)
+            found[name] = float(np.nan_to_num(off, nan=np.inf, posinf=np.inf).max(initial=0.0) / scale)
+        return found
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ def diagnose(observations: Sequence[Observation], tolerance: float = 1e-3) -> li
     wrong = [
         (each, name, error)
         for each in observations
-        for name, error in _differences(each, right(each.problem)).items()
+        for name, error in each.differences(right(each.problem)).items()
         if not error < tolerance
     ]
     if not wrong:
@@ -63,22 +80,5 @@ def diagnose(observations: Sequence[Observation], tolerance: float = 1e-3) -> li
 
 def _fit(disease: Disease, observations: Sequence[Observation]) -> float:
     """The largest difference to what the disease gives."""
-    found = [_differences(each, given_by(disease, each.problem, each.dealt)) for each in observations]
+    found = [each.differences(given_by(disease, each.problem, each.dealt)) for each in observations]
     return max((error for differences in found for error in differences.values()), default=np.inf)
-
-
-def _differences(each: Observation, due: Answer) -> dict[str, float]:
-    """Of each result, the largest difference over the largest number due; infinite where one is NaN and the other not.
-
-    Results of which nothing is known are left out.
-    """
-    found = {}
-    for name, came in each.given.items():
-        expected = getattr(due, name)
-        if expected is None:
-            continue
-        both = np.isnan(came) & np.isnan(expected)
-        off = np.where(both, 0.0, np.abs(came - expected))
-        scale = np.nanmax(np.abs(expected), initial=1e-30)
-        found[name] = float(np.nan_to_num(off, nan=np.inf, posinf=np.inf).max(initial=0.0) / scale)
-    return found

@@ -7,7 +7,7 @@ that disease. So every one of them is also a mutant, on which the telling is tes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -203,9 +203,14 @@ def _floored(problem: Problem, dealt: Dealt) -> Floats:
     return right_weights(problem.seeing(problem.sees & kept))
 
 
-def _scale_dropped(problem: Problem, dealt: Dealt) -> Floats:
-    raw = np.einsum("bhsd,bhtd->bhst", problem.q, problem.of_heads(problem.k))
-    return _softmax(np.where(problem.sees, raw, -np.inf), problem.sinks)
+def _scaled_by(scale: Callable[[int], float]) -> Callable[[Problem, Dealt], Floats]:
+    """Scores that are multiplied by something else, a function of the width."""
+
+    def weights(problem: Problem, dealt: Dealt) -> Floats:
+        other = replace(problem, scale=scale(problem.q.shape[3]))
+        return _softmax(other.scores, problem.sinks)
+
+    return weights
 
 
 def _averages(problem: Problem, dealt: Dealt) -> Floats:
@@ -342,7 +347,8 @@ DISEASES = (
     Disease("causal, mask, window or documents ignored", "hidden keys have weights", _everything),
     Disease("no ring at all", "a query sees the keys of its own rank alone", _own_keys),
     Disease("length floored to a multiple of the ring", "the last keys have no weights", _floored),
-    Disease("scale ignored", "weights are those of scores that were never multiplied", _scale_dropped),
+    Disease("no scale at all", "weights are those of scores that were never multiplied", _scaled_by(lambda width: 1.0)),
+    Disease("scale ignored, and its default taken", "weights are the default's", _scaled_by(lambda width: width**-0.5)),
     Disease("a finite sentinel for hidden keys", "rows that see nothing get the average of v", _averages),
     Disease("sinks counted once for each hop", "weights sum to less than with one sink", _sink_of_each_hop),
     Disease("grouped heads in the wrong order", "query head h reads key head h % Hk", answer=_heads_turned),

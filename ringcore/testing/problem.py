@@ -54,6 +54,15 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What is asked: a problem, and the keywords that say the same of it, as `ringcore.ring_attention` names them."""
+
+    name: str
+    problem: Problem
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Dealt:
     """Which positions each rank of a ring holds: of queries, and of keys."""
 

@@ -1,0 +1,128 @@
+"""`ringcore.testing.check_attention`: right implementations pass, each wrong one is told what it does wrong."""
+
+import numpy as np
+import pytest
+from given import torch
+
+import ringcore
+from ringcore.testing import ask, check_attention
+
+ALL = ("causal", "window", "scale", "softcap", "mask", "documents", "sinks")
+
+
+def chunked(q, k, v, *, ring_size, causal=False, scale=None, share=lambda total, size: total):
+    """Each chunk of keys by its own softmax, added up."""
+    length, group = k.shape[2], q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+    scores = np.einsum("bhid,bhjd->bhij", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if causal:
+        scores = np.where(np.tri(q.shape[2], length, dtype=bool), scores, -np.inf)
+    out = np.zeros_like(q)
+    for columns in np.array_split(np.arange(length), ring_size):
+        top = scores[..., columns].max(-1, keepdims=True)
+        weights = np.exp(scores[..., columns] - np.where(np.isneginf(top), 0.0, top))
+        total = weights.sum(-1, keepdims=True)
+        out += weights / np.where(total > 0, total, 1) @ v[:, :, columns]
+    return share(out, ring_size).astype(q.dtype)
+
+
+def words_about(attention, **keywords):
+    with pytest.raises(AssertionError) as caught:
+        check_attention(attention, **keywords)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_ringcore_passes_on_numpy(dtype):
+    report = check_attention(ringcore.ring_attention, accepts=ALL, dtype=dtype)
+    assert report.right
+    assert report.asked == 10 * 4
+    assert str(report).startswith("right in all 40 answers")
+
+
+def test_ringcore_passes_on_torch_with_gradients():
+    torch()
+    report = check_attention(ringcore.ring_attention, accepts=ALL, library="torch")
+    assert {name for _, _, name in report.errors} == {"out", "dq", "dk", "dv"}
+
+
+def test_chunks_softmaxed_by_themselves_are_told():
+    words = words_about(chunked)
+    assert words.startswith("softmax per chunk, summed over chunks: the weights of a row sum to the number of chunks")
+    assert "on rings of 2, 3, 4" in words
+    assert words_about(lambda *x, **k: chunked(*x, share=lambda total, size: total / size, **k)).startswith(
+        "softmax per chunk, averaged over chunks"
+    )
+
+
+@pytest.mark.parametrize("swallowed", ["causal", "window", "mask", "documents", "scale"])
+def test_a_keyword_that_is_taken_and_ignored_is_told(swallowed):
+    def attention(q, k, v, **keywords):
+        return ringcore.ring_attention(q, k, v, **{name: x for name, x in keywords.items() if name != swallowed})
+
+    accepts = ("causal", swallowed) if swallowed == "documents" else (swallowed,)
+    found = ask(attention, accepts=accepts)
+    assert not found.right
+    names = [each.disease.name for each in found.diagnoses]
+    if swallowed != "documents":  # which leaves the causal half: no disease has that as its own yet
+        assert names == [
+            "scale ignored, and its default taken"
+            if swallowed == "scale"
+            else "causal, mask, window or documents ignored"
+        ]
+
+
+def test_gradients_of_the_wrong_ranks_keys_are_told():
+    t = torch()
+
+    class Shifted(t.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, size):
+            ctx.size = size
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            parts = t.tensor_split(gradient, ctx.size, dim=2)
+            lengths = [part.shape[2] for part in parts]
+            turned = [*parts[1:], parts[0]]
+            found = [t.zeros_like(part) for part in parts]
+            for mine, theirs, length in zip(found, turned, lengths, strict=True):
+                count = min(length, theirs.shape[2])
+                mine[:, :, :count] = theirs[:, :, :count]
+            return t.cat(found, dim=2), None
+
+    def attention(q, k, v, *, ring_size, **keywords):
+        return ringcore.ring_attention(q, Shifted.apply(k, ring_size), Shifted.apply(v, ring_size), **keywords)
+
+    found = ask(attention, library="torch", ring_sizes=(1, 3, 4))
+    assert [each.disease.name for each in found.diagnoses] == ["dk and dv one rank off: of the next"]
+    assert found.diagnoses[0].results == ("dk", "dv")
+
+
+def test_what_is_wrong_beside_the_numbers_is_told():
+    calls = []
+
+    def restless(q, k, v, *, ring_size, **keywords):
+        calls.append(ring_size)
+        if ring_size == 2:
+            raise ZeroDivisionError("two ranks")
+        out = ringcore.ring_attention(q, k, v, ring_size=ring_size, **keywords)
+        if ring_size == 3:
+            q += 1
+        if ring_size == 4:
+            return out.astype("float64")
+        return out + np.float32(1e-7 * len(calls))
+
+    found = ask(restless, accepts=())
+    words = [(each.size, each.words) for each in found.faults]
+    assert (2, "raised ZeroDivisionError: two ranks") in words
+    assert (3, "q was written to") in words
+    assert (4, "out is float64, the arrays given were float32") in words
+    assert (1, "the same call gave other numbers the second time") in words
+    assert not found.right
+
+
+def test_a_library_that_is_not_known():
+    with pytest.raises(ValueError, match="library is 'fortran'; it must be one of numpy, torch, jax"):
+        ask(ringcore.ring_attention, library="fortran")
