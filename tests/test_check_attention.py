@@ -7,7 +7,7 @@ from given import torch
 import ringcore
 from ringcore.testing import ask, check_attention
 
-ALL = ("causal", "window", "scale", "softcap", "mask", "documents", "sinks")
+ALL = ("causal", "grouped", "window", "scale", "softcap", "mask", "documents", "sinks")
 
 
 def chunked(q, k, v, *, ring_size, causal=False, scale=None, share=lambda total, size: total):

@@ -168,3 +168,29 @@ def attend(
     from ringcore.cli.attend import attend as run
 
     return run(options)
+
+
+@app.command()
+def audit(
+    target: Annotated[str, typer.Argument(help="The function: package.module:function.", show_default=False)],
+    signature: Annotated[
+        str, typer.Option(help="How it is called: ringcore, sdpa, flash-attn, or a Python file that says.")
+    ] = "ringcore",
+    ranks: Annotated[str, typer.Option(help="The ring sizes to ask about.")] = "1,2,3,4",
+    library: Annotated[str | None, typer.Option(help="numpy, torch or jax; the signature's if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
+    only: Annotated[str | None, typer.Option(help="Keywords to ask about, such as causal,window.")] = None,
+    gradients: Annotated[bool, typer.Option(help="Ask for gradients too.")] = True,
+    deadline: Annotated[float, typer.Option(help="Seconds for each answer.")] = 60.0,
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+) -> int:
+    """Ask somebody's attention on rings of several sizes, and say which known mistake it makes.
+
+    It runs in a process of its own. Status 0: right. 1: not.
+    """
+    from ringcore.cli.auditing import ring_sizes, run_audit
+    from ringcore.testing.auditing import Spec
+
+    names = tuple(only.split(",")) if only else ()
+    spec = Spec(target, signature, ring_sizes(ranks), library, dtype, names, gradients, deadline)
+    return run_audit(spec, json)

@@ -1,0 +1,66 @@
+"""``ringcore audit``: what comes of asking somebody's attention, as a table for people and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ringcore.errors import FileError, KeywordError
+from ringcore.testing.asking import ACCEPTS, TOLERANCES
+from ringcore.testing.auditing import Audit, Spec, audit
+from ringcore.testing.libraries import LIBRARIES
+from ringcore.testing.signatures import SIGNATURES
+
+
+def run_audit(spec: Spec, path: Path | None) -> int:
+    """Ask, print, write; the exit status."""
+    _check(spec)
+    found = audit(spec)
+    if path is not None:
+        try:
+            path.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+        except OSError as error:
+            raise FileError(f"the report cannot be written to {path}: {error}.") from error
+    _print(found)
+    return 0 if found.report.right else 1
+
+
+def ring_sizes(text: str) -> tuple[int, ...]:
+    """ "1,2,4" as numbers; raises KeywordError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) >= 1 for part in parts):
+        raise KeywordError(f"--ranks is {text!r}; it must hold ring sizes of 1 or more, such as 1,2,4.")
+    return tuple(map(int, parts))
+
+
+def _check(spec: Spec) -> None:
+    if spec.signature not in SIGNATURES and not Path(spec.signature).is_file():
+        raise KeywordError(
+            f"--signature is {spec.signature!r}; it must be one of {', '.join(SIGNATURES)}, or a Python file."
+        )
+    for name, value, known in (("library", spec.library, LIBRARIES), ("dtype", spec.dtype, TOLERANCES)):
+        if value is not None and value not in known:
+            raise KeywordError(f"--{name} is {value!r}; it must be one of {', '.join(known)}.")
+    for name in spec.accepts:
+        if name not in ACCEPTS:
+            raise KeywordError(f"--only holds {name!r}; it must hold some of {', '.join(ACCEPTS)}.")
+    if not spec.deadline > 0:
+        raise KeywordError(f"--deadline is {spec.deadline:g}; it must be a number of seconds above 0.")
+
+
+def _print(found: Audit) -> None:
+    console, report = Console(highlight=False), found.report
+    sizes = found.spec.ring_sizes
+    if report.errors:
+        table = Table(title=f"{found.spec.target}: largest error over the largest number due", title_justify="left")
+        for column in ("question", "result", *(f"ring of {size}" for size in sizes)):
+            table.add_column(column)
+        for question, result in dict.fromkeys((question, result) for question, _, result in report.errors):
+            errors = [report.errors.get((question, size, result)) for size in sizes]
+            cells = ("no answer" if error is None else f"{error:.1e}" for error in errors)
+            table.add_row(question, result, *cells)
+        console.print(table)
+    console.print(str(report), markup=False, soft_wrap=True)

@@ -1,0 +1,93 @@
+"""Other people's functions as attention that is asked: how they want their arrays, and what they call keywords."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ringcore.testing.asking import ACCEPTS
+
+Attention = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How functions of a kind are called.
+
+    keywords: what each of ACCEPTS is called there. library: whose arrays they take. sequence_first: whether arrays are
+    [B, S, H, D].
+    """
+
+    keywords: dict[str, str]
+    library: str
+    sequence_first: bool = False
+
+
+SIGNATURES = {
+    "ringcore": Signature({name: name for name in ACCEPTS if name != "grouped"}, "numpy"),
+    "sdpa": Signature({"causal": "is_causal", "scale": "scale", "mask": "attn_mask"}, "torch"),
+    "flash-attn": Signature(
+        {"causal": "causal", "window": "window_size", "scale": "softmax_scale", "softcap": "softcap"},
+        "torch",
+        sequence_first=True,
+    ),
+}
+_RING, _GROUPED = "ring_size", "enable_gqa"
+
+
+def load(target: str) -> Attention:
+    """The function that "package.module:function" names. Whatever goes wrong as it is imported is raised as it is."""
+    module, _, name = target.partition(":")
+    if not name:
+        raise ValueError(f"the target is {target!r}; it must be package.module:function.")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{target} is a {type(found).__name__}; it must be a function.")
+    return found  # type: ignore[no-any-return]
+
+
+def attention_of(function: Attention, signature: str) -> tuple[Attention, tuple[str, ...], str]:
+    """The function as attention that is asked, what it accepts, and the library of its arrays.
+
+    signature: one of SIGNATURES, or a Python file with ``attention(function, q, k, v, *, ring_size, **keywords)``,
+    ``ACCEPTS`` and ``LIBRARY``.
+    """
+    if signature not in SIGNATURES:
+        told = runpy.run_path(str(Path(signature)))
+        own = told["attention"]
+        return lambda *arrays, **keywords: own(function, *arrays, **keywords), tuple(told["ACCEPTS"]), told["LIBRARY"]
+    kind = SIGNATURES[signature]
+    takes = _parameters(function)
+    accepts = tuple(name for name, theirs in kind.keywords.items() if takes(theirs))
+    if signature != "sdpa" or takes(_GROUPED):
+        accepts = (*accepts, "grouped")
+
+    def attention(q: Any, k: Any, v: Any, *, ring_size: int, **keywords: Any) -> Any:
+        named = {kind.keywords[name]: x for name, x in keywords.items()}
+        if takes(_RING):
+            named[_RING] = ring_size
+        if signature == "sdpa" and q.shape[1] != k.shape[1]:
+            named[_GROUPED] = True
+        if not kind.sequence_first:
+            return function(q, k, v, **named)
+        result = function(*(x.swapaxes(1, 2) for x in (q, k, v)), **named)
+        return (result[0] if isinstance(result, tuple) else result).swapaxes(1, 2)
+
+    return attention, accepts, kind.library
+
+
+def _parameters(function: Attention) -> Callable[[str], bool]:
+    """Whether the function takes a keyword, as far as it says."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # built in: it does not say
+        return lambda name: name != _RING
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return lambda name: name in parameters or anything

@@ -1,0 +1,156 @@
+"""``ringcore audit``: functions that are right, wrong, or do what no function should do to its process."""
+
+import json
+import sys
+
+import pytest
+
+PLANTED = """
+import os, sys, time
+import numpy as np
+import ringcore
+
+
+def right(q, k, v, *, ring_size, causal=False):
+    print("words that nobody asked for")
+    return ringcore.ring_attention(q, k, v, ring_size=ring_size, causal=causal)
+
+
+def summed(q, k, v, *, ring_size):
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    out = np.zeros_like(q)
+    for keys, values in zip(np.array_split(k, ring_size, 2), np.array_split(v, ring_size, 2)):
+        scores = q @ keys.swapaxes(2, 3) / q.shape[3] ** 0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out += weights / weights.sum(-1, keepdims=True) @ values
+    return out
+
+
+def misbehaving(q, k, v, *, ring_size):
+    if ring_size == 2:
+        os._exit(3)
+    if ring_size == 3:
+        time.sleep(600)
+    if ring_size == 4:
+        sys.exit(0)
+    if ring_size == 5:
+        raise RuntimeError("five is too many")
+    if ring_size == 6:
+        return right(q, k, v, ring_size=6)[:, :, 1:]
+    return right(q, k, v, ring_size=ring_size)
+
+
+def flash(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None):
+    window = None if window_size == (-1, -1) else window_size
+    return ringcore.ring_attention(q, k, v, causal=causal, window=window, scale=softmax_scale, axes="bshd")
+
+
+number = 5
+"""
+CUSTOM = """
+ACCEPTS, LIBRARY = ("causal",), "numpy"
+
+
+def attention(function, q, k, v, *, ring_size, causal=False):
+    return function(q, k, v, ring_size=ring_size, causal=causal)
+"""
+
+
+@pytest.fixture
+def audit(ringcore, tmp_path):
+    """``audit("function", ...)`` of the planted ones: the answer and what its JSON says."""
+    (tmp_path / "planted.py").write_text(PLANTED)
+    (tmp_path / "custom.py").write_text(CUSTOM)
+
+    def call(name, *options):
+        target = name if ":" in name else f"planted:{name}"
+        answer = ringcore("audit", target, "--json", "report.json", *options)
+        path = tmp_path / "report.json"
+        return answer, json.loads(path.read_text()) if path.exists() else None
+
+    return call
+
+
+def test_right_attention(audit):
+    answer, report = audit("right", "--ranks", "1,3")
+    assert answer.status == 0
+    assert "right in all 8 answers" in answer.out
+    assert (report["right"], report["asked"], report["diagnoses"], report["faults"]) == (True, 8, [], [])
+    assert report["accepts"] == ["causal", "grouped"]
+    assert max(each["error"] for each in report["errors"]) < 2e-6
+
+
+@pytest.mark.parametrize("ranks", ["2", "3", "4", "8"])
+def test_the_original_reports_mistake_has_its_name(audit, ranks):
+    answer, report = audit("summed", "--ranks", ranks)
+    assert answer.status == 1
+    (found,) = report["diagnoses"]
+    assert found["name"] == "softmax per chunk, summed over chunks"
+    assert found["ring_sizes"] == [int(ranks)]
+    assert "softmax per chunk, summed over chunks: the weights of a row sum to the number" in answer.out
+
+
+def test_what_a_function_does_to_its_process_ends_no_audit(audit):
+    answer, report = audit("misbehaving", "--ranks", "1,2,3,4,5,6", "--deadline", "3", "--only", "causal")
+    assert answer.status == 1
+    said = {(each["ring_size"], each["what"]) for each in report["faults"]}
+    assert {size for size, _ in said} == {2, 3, 4, 5, 6}
+    assert any(size == 2 and "the process ended with status 3" in what for size, what in said)
+    assert (3, "no answer within 3 s") in said
+    assert any(size == 4 and "the process ended with status 0" in what for size, what in said)
+    assert (5, "raised RuntimeError: five is too many") in said
+    assert any(
+        size == 6 and what.startswith("out has shape (1, 2, 21, 8), due is (1, 2, 22, 8)") for size, what in said
+    )
+    assert {each["ring_size"] for each in report["errors"]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("nothing:there", "No module named 'nothing'"),
+        ("planted:missing", "missing"),
+        ("planted:number", "must be a function"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(audit, target, words):
+    answer, report = audit(target)
+    assert answer.status == 1
+    assert words in report["faults"][0]["what"]
+    assert report["asked"] == 1
+
+
+def test_functions_of_other_signatures(audit):
+    pytest.importorskip("torch")
+    answer, report = audit("torch.nn.functional:scaled_dot_product_attention", "--signature", "sdpa", "--ranks", "1")
+    assert answer.status == 0
+    assert report["accepts"] == ["causal", "scale", "mask", "grouped"]
+    assert {each["result"] for each in report["errors"]} == {"out", "dq", "dk", "dv"}
+    answer, report = audit("flash", "--signature", "flash-attn", "--ranks", "1")
+    assert answer.status == 0
+    assert report["accepts"] == ["causal", "window", "scale", "grouped"]
+    answer, report = audit("right", "--signature", "custom.py", "--ranks", "2")
+    assert (answer.status, report["accepts"]) == (0, ["causal"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--ranks", "1,zero"), "--ranks is '1,zero'"),
+        (("--signature", "nowhere.py"), "--signature is 'nowhere.py'; it must be one of ringcore, sdpa, flash-attn"),
+        (("--library", "fortran"), "--library is 'fortran'"),
+        (("--dtype", "int8"), "--dtype is 'int8'"),
+        (("--only", "causal,colour"), "--only holds 'colour'"),
+        (("--deadline", "0"), "--deadline is 0"),
+    ],
+)
+def test_wrong_usage(ringcore, options, words):
+    answer = ringcore("audit", "planted:right", *options)
+    assert answer.status == 2
+    assert words in answer.err
+
+
+def test_it_runs_in_the_python_that_runs_the_command(audit):
+    assert sys.executable
+    answer, _ = audit("ringcore:ring_attention", "--ranks", "2")
+    assert "right in all 10 answers" in answer.out
