@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ringcore.errors import FileError, KeywordError
+from ringcore.layout import NAMED
 from ringcore.testing.asking import ACCEPTS, TOLERANCES
-from ringcore.testing.auditing import Audit, Spec, audit
+from ringcore.testing.auditing import LAUNCHERS, Audit, Spec, audit
 from ringcore.testing.libraries import LIBRARIES
 from ringcore.testing.signatures import SIGNATURES
 
@@ -44,6 +45,12 @@ def _check(spec: Spec) -> None:
     for name, value, known in (("library", spec.library, LIBRARIES), ("dtype", spec.dtype, TOLERANCES)):
         if value is not None and value not in known:
             raise KeywordError(f"--{name} is {value!r}; it must be one of {', '.join(known)}.")
+    if spec.launcher not in LAUNCHERS:
+        raise KeywordError(f"--launcher is {spec.launcher!r}; it must be one of {', '.join(LAUNCHERS)}.")
+    if spec.layout not in NAMED:
+        raise KeywordError(f"--layout is {spec.layout!r}; it must be one of {', '.join(NAMED)}.")
+    if spec.length < 12:
+        raise KeywordError(f"--length is {spec.length}; ask about 12 positions or more.")
     for name in spec.accepts:
         if name not in ACCEPTS:
             raise KeywordError(f"--only holds {name!r}; it must hold some of {', '.join(ACCEPTS)}.")

@@ -180,6 +180,11 @@ def audit(
     library: Annotated[str | None, typer.Option(help="numpy, torch or jax; the signature's if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
     only: Annotated[str | None, typer.Option(help="Keywords to ask about, such as causal,window.")] = None,
+    launcher: Annotated[
+        str, typer.Option(help="local: whole arrays and ring_size. mpiexec, torchrun: shards, a process for each rank.")
+    ] = "local",
+    layout: Annotated[str, typer.Option(help="Under a launcher, which rank holds which positions.")] = "contiguous",
+    length: Annotated[int, typer.Option(help="Positions; 24 is even on rings up to 4.")] = 22,
     gradients: Annotated[bool, typer.Option(help="Ask for gradients too.")] = True,
     deadline: Annotated[float, typer.Option(help="Seconds for each answer.")] = 60.0,
     json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
@@ -192,5 +197,6 @@ def audit(
     from ringcore.testing.auditing import Spec
 
     names = tuple(only.split(",")) if only else ()
-    spec = Spec(target, signature, ring_sizes(ranks), library, dtype, names, gradients, deadline)
+    sizes = ring_sizes(ranks)
+    spec = Spec(target, signature, sizes, library, dtype, names, gradients, deadline, launcher, length, layout)
     return run_audit(spec, json)

@@ -62,11 +62,11 @@ class Report:
         return "\n".join(lines)
 
 
-def questions(accepts: Collection[str] = (), seed: int = 0) -> Iterator[Question]:
-    """What is asked of an implementation that takes these keywords beside q, k and v."""
-    rows, columns = np.arange(LENGTH)[:, None], np.arange(LENGTH)[None, :]
-    everything, causal = np.ones((LENGTH, LENGTH), bool), columns <= rows
-    documents = np.repeat([0, 1, 2], [5, 11, 6])
+def questions(accepts: Collection[str] = (), length: int = LENGTH, seed: int = 0) -> Iterator[Question]:
+    """What is asked of an implementation that takes these keywords beside q, k and v, about so many positions."""
+    rows, columns = np.arange(length)[:, None], np.arange(length)[None, :]
+    everything, causal = np.ones((length, length), bool), columns <= rows
+    documents = np.repeat([0, 1, 2], [length // 4, length // 2, length - length // 4 - length // 2])
     hidden = everything.copy()
     hidden[:, ::3] = False
     hidden[4] = False
@@ -99,7 +99,7 @@ def _problem(
     seed: int, sees: Bools, heads: int = 2, scale: float = WIDTH**-0.5, times: float = 2.0, **further: Any
 ) -> Problem:
     rng = np.random.default_rng(seed)
-    q, k, v, dout = (rng.standard_normal((1, h, LENGTH, WIDTH)) for h in (heads, 2, 2, heads))
+    q, k, v, dout = (rng.standard_normal((1, h, sees.shape[0], WIDTH)) for h in (heads, 2, 2, heads))
     return Problem(times * q, k, v, dout, scale, sees[None, None], **further)
 
 
@@ -140,9 +140,11 @@ def ask(
     return report_of(observations, faults, dtype)
 
 
-def asked(accepts: Collection[str], ring_sizes: Sequence[int], library: Library) -> list[tuple[Question, int]]:
+def asked(
+    accepts: Collection[str], ring_sizes: Sequence[int], library: Library, length: int = LENGTH
+) -> list[tuple[Question, int]]:
     """All questions, each with each ring size, in numbers that the library's dtype has."""
-    return [(question, size) for question in map(library.rounded, questions(accepts)) for size in ring_sizes]
+    return [(question, size) for question in map(library.rounded, questions(accepts, length)) for size in ring_sizes]
 
 
 def report_of(observations: Sequence[Observation], faults: Sequence[Fault], dtype: str) -> Report:

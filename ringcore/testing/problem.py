@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ringcore.layout import Layout
+
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -61,6 +63,21 @@ class Question:
     problem: Problem
     keywords: dict[str, Any] = field(default_factory=dict)
 
+    def of_rank(self, dealt: Dealt, rank: int) -> Question:
+        """What one rank is given: its rows of q, k, v and dout, and of a mask."""
+        rows, columns = list(dealt.rows[rank]), list(dealt.columns[rank])
+        whole, keywords = self.problem, dict(self.keywords)
+        if "mask" in keywords:
+            keywords["mask"] = keywords["mask"][rows]
+        mine = replace(
+            whole,
+            q=whole.q[:, :, rows],
+            dout=whole.dout[:, :, rows],
+            k=whole.k[:, :, columns],
+            v=whole.v[:, :, columns],
+        )
+        return Question(self.name, mine, keywords)
+
 
 @dataclass(frozen=True)
 class Dealt:
@@ -82,6 +99,12 @@ class Dealt:
             for length in (queries, keys)
         )
         return cls(rows, columns)
+
+    @classmethod
+    def by(cls, layout: Layout) -> Dealt:
+        """Queries and keys by the same layout."""
+        shards = tuple(tuple(layout.positions(rank)) for rank in range(layout.size))
+        return cls(shards, shards)
 
     @property
     def size(self) -> int:

@@ -38,6 +38,7 @@ SIGNATURES = {
     ),
 }
 _RING, _GROUPED = "ring_size", "enable_gqa"
+_JOINED = "ring", "group", "process_group", "comm"
 
 
 def load(target: str) -> Attention:
@@ -53,16 +54,21 @@ def load(target: str) -> Attention:
     return found  # type: ignore[no-any-return]
 
 
-def attention_of(function: Attention, signature: str) -> tuple[Attention, tuple[str, ...], str]:
+def attention_of(function: Attention, signature: str, ring: Any = None) -> tuple[Attention, tuple[str, ...], str]:
     """The function as attention that is asked, what it accepts, and the library of its arrays.
 
     signature: one of SIGNATURES, or a Python file with ``attention(function, q, k, v, *, ring_size, **keywords)``,
-    ``ACCEPTS`` and ``LIBRARY``.
+    ``ACCEPTS`` and ``LIBRARY``. ring: what joins the processes, where several are asked together: the function
+    gets it as ``ring``, ``group``, ``process_group`` or ``comm``, whichever it takes first, and a file's as ``ring``.
     """
     if signature not in SIGNATURES:
         told = runpy.run_path(str(Path(signature)))
-        own = told["attention"]
-        return lambda *arrays, **keywords: own(function, *arrays, **keywords), tuple(told["ACCEPTS"]), told["LIBRARY"]
+        own, together = told["attention"], {} if ring is None else {"ring": ring}
+
+        def custom(*arrays: Any, **keywords: Any) -> Any:
+            return own(function, *arrays, **keywords, **together)
+
+        return custom, tuple(told["ACCEPTS"]), told["LIBRARY"]
     kind = SIGNATURES[signature]
     takes = _parameters(function)
     accepts = tuple(name for name, theirs in kind.keywords.items() if takes(theirs))
@@ -71,8 +77,10 @@ def attention_of(function: Attention, signature: str) -> tuple[Attention, tuple[
 
     def attention(q: Any, k: Any, v: Any, *, ring_size: int, **keywords: Any) -> Any:
         named = {kind.keywords[name]: x for name, x in keywords.items()}
-        if takes(_RING):
+        if ring is None and takes(_RING):
             named[_RING] = ring_size
+        if ring is not None:
+            named |= dict.fromkeys([name for name in _JOINED if takes(name)][:1], ring)
         if signature == "sdpa" and q.shape[1] != k.shape[1]:
             named[_GROUPED] = True
         if not kind.sequence_first:

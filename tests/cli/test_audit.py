@@ -1,6 +1,7 @@
 """``ringcore audit``: functions that are right, wrong, or do what no function should do to its process."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -43,6 +44,23 @@ def misbehaving(q, k, v, *, ring_size):
 def flash(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None):
     window = None if window_size == (-1, -1) else window_size
     return ringcore.ring_attention(q, k, v, causal=causal, window=window, scale=softmax_scale, axes="bshd")
+
+
+def joined(q, k, v, *, ring, causal=False, window=None):
+    return ringcore.ring_attention(q, k, v, ring=ring, causal=causal, window=window, layout="zigzag")
+
+
+def its_own_keys_alone(q, k, v, *, group, is_causal=False, attn_mask=None):
+    import torch
+
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def dies_on_one_rank(q, k, v, *, ring):
+    if ring.Get_rank() == 1:
+        os._exit(9)
+    ring.Barrier()
+    return q
 
 
 number = 5
@@ -133,9 +151,41 @@ def test_functions_of_other_signatures(audit):
     assert (answer.status, report["accepts"]) == (0, ["causal"])
 
 
+def launched():
+    return any(variable in os.environ for variable in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK"))
+
+
+@pytest.mark.skipif(launched(), reason="itself under mpiexec: ranks start no ranks")
+def test_a_process_for_each_rank_under_mpiexec(audit):
+    answer, report = audit("joined", "--launcher", "mpiexec", "--ranks", "1,2,3", "--layout", "zigzag")
+    assert answer.status == 0, answer.out
+    assert report["accepts"] == ["causal", "window", "grouped"]
+    assert (report["asked"], report["launcher"]) == (15, "mpiexec")
+    answer, report = audit("joined", "--launcher", "mpiexec", "--ranks", "2")  # shards by another layout than it means
+    assert answer.status == 1
+    assert report["faults"] or report["diagnoses"]
+    answer, report = audit("dies_on_one_rank", "--launcher", "mpiexec", "--ranks", "2", "--only", "grouped")
+    assert {each["ring_size"] for each in report["faults"]} == {2}
+    assert len(report["faults"]) == 3
+    assert all("the process ended with status" in each["what"] for each in report["faults"])
+
+
+def test_a_process_for_each_rank_under_torchrun(audit):
+    pytest.importorskip("torch")
+    options = "--signature", "sdpa", "--launcher", "torchrun", "--ranks", "2", "--length", "24", "--only", "causal"
+    answer, report = audit("its_own_keys_alone", *options)
+    assert answer.status == 1
+    (found,) = report["diagnoses"]
+    assert found["name"] == "no ring at all"
+    assert found["results"] == ["out", "dq", "dk", "dv"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--launcher", "rocket"), "--launcher is 'rocket'; it must be one of local, mpiexec, torchrun"),
+        (("--layout", "spiral"), "--layout is 'spiral'"),
+        (("--length", "4"), "--length is 4"),
         (("--ranks", "1,zero"), "--ranks is '1,zero'"),
         (("--signature", "nowhere.py"), "--signature is 'nowhere.py'; it must be one of ringcore, sdpa, flash-attn"),
         (("--library", "fortran"), "--library is 'fortran'"),
