@@ -72,6 +72,21 @@ def test_a_keyword_that_is_taken_and_ignored_is_told(swallowed):
         ]
 
 
+def test_a_mistake_that_is_differentiated_has_its_name_too():
+    """The gradients are those of what it computes, and not those of any mistake in backward."""
+    t = torch()
+
+    def summed(q, k, v, *, ring_size):
+        group = q.shape[1] // k.shape[1]
+        chunks = (t.tensor_split(x.repeat_interleave(group, 1), ring_size, dim=2) for x in (k, v))
+        found = (t.softmax(q @ a.mT * q.shape[3] ** -0.5, -1) @ b for a, b in zip(*chunks, strict=True))
+        return sum(found)
+
+    found = ask(summed, accepts=("grouped",), library="torch", ring_sizes=(2, 3, 4, 8))
+    assert [each.disease.name for each in found.diagnoses] == ["softmax per chunk, summed over chunks"]
+    assert found.diagnoses[0].results == ("out", "dq", "dk", "dv")
+
+
 def test_gradients_of_the_wrong_ranks_keys_are_told():
     t = torch()
 

@@ -175,8 +175,11 @@ def answer(
         for name, x in question.keywords.items()
     }
     try:
-        given = library.call(attention, arrays, problem.dout if gradients else None, ring_size=size, **keywords)
-        again = library.call(attention, arrays, None, ring_size=size, **keywords)
+        # Twice in the same way: a function that is differentiated may round otherwise than one that is not.
+        given, again = (
+            library.call(attention, arrays, problem.dout if gradients else None, ring_size=size, **keywords)
+            for _ in range(2)
+        )
     except Exception as error:  # theirs, whatever it is: the next question is asked all the same
         wrong(f"raised {type(error).__name__}: {error}", unanswered=True)
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ringcore.testing.diseases import DISEASES, Answer, Disease, given_by, right
+from ringcore.testing.diseases import DISEASES, Answer, Disease, foretold, right
 from ringcore.testing.problem import Dealt, Floats, Problem
 
 NAMES = tuple(field.name for field in fields(Answer))
@@ -56,10 +56,11 @@ class Diagnosis:
 
 
 def diagnose(observations: Sequence[Observation], tolerance: float = 1e-3) -> list[Diagnosis]:
-    """The mistakes that explain everything that was observed; none if all of it is right.
+    """The mistakes that explain what was observed; none if all of it is right.
 
     tolerance: differences over the largest number due that are rounding. Of mistakes that nothing observed can tell
-    apart, such as a shift by one rank in either direction on a ring of two, all are given.
+    apart, such as a shift by one rank in either direction on a ring of two, all are given. What a mistake does not
+    touch, and is wrong all the same, is explained by another one.
     """
     wrong = [
         (each, name, error)
@@ -69,16 +70,34 @@ def diagnose(observations: Sequence[Observation], tolerance: float = 1e-3) -> li
     ]
     if not wrong:
         return []
+    found, touched = list[Diagnosis](), set[int]()
+    for disease in DISEASES:
+        fit, shows = _fit(disease, observations, tolerance)
+        if fit < tolerance and shows:
+            touched |= shows
+            found.append(_told(disease, [line for line in wrong if id(line[0]) in shows], fit))
+    rest = [each for each in observations if id(each) not in touched]
+    if not found:
+        return [_told(UNKNOWN, wrong, np.inf)]
+    return found + diagnose(rest, tolerance)
+
+
+def _told(disease: Disease, wrong: Sequence[tuple[Observation, str, float]], fit: float) -> Diagnosis:
     sizes = tuple(sorted({each.dealt.size for each, _, _ in wrong}))
     results = tuple(name for name in NAMES if name in {name for _, name, _ in wrong})
-    error = max(error for *_, error in wrong)
-    fits = [(disease, _fit(disease, observations)) for disease in DISEASES]
-    return [Diagnosis(disease, sizes, results, error, fit) for disease, fit in fits if fit < tolerance] or [
-        Diagnosis(UNKNOWN, sizes, results, error, min(fit for _, fit in fits))
-    ]
+    return Diagnosis(disease, sizes, results, max(error for *_, error in wrong), fit)
 
 
-def _fit(disease: Disease, observations: Sequence[Observation]) -> float:
-    """The largest difference to what the disease gives."""
-    found = [each.differences(given_by(disease, each.problem, each.dealt)) for each in observations]
-    return max((error for differences in found for error in differences.values()), default=np.inf)
+def _fit(disease: Disease, observations: Sequence[Observation], tolerance: float) -> tuple[float, set[int]]:
+    """The largest difference to what the disease gives, and on which observations, by id, it is not what is right."""
+    largest, shows = 0.0, set[int]()
+    for each in observations:
+        due = foretold(disease, each.problem, each.dealt)
+        largest = max(largest, *each.differences(due).values(), 0.0)
+        healthy = right(each.problem)
+        told = {name: x for name in each.given if (x := getattr(due, name)) is not None}
+        if any(
+            not error < tolerance for error in Observation(each.problem, each.dealt, told).differences(healthy).values()
+        ):
+            shows.add(id(each))
+    return largest, shows

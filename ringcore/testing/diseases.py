@@ -398,3 +398,13 @@ def given_by(disease: Disease, problem: Problem, dealt: Dealt) -> Answer:
     if disease.weights is None:
         raise ValueError(f"{disease.name!r} has neither weights nor an answer")
     return backward(problem, disease.weights(problem, dealt)).answer
+
+
+def foretold(disease: Disease, problem: Problem, dealt: Dealt) -> Answer:
+    """What is known of what an implementation with this disease gives.
+
+    Of one whose weights are wrong that is out: its gradients are the derivative of what it computes where somebody
+    derives it, and anything where they are written by hand.
+    """
+    given = given_by(disease, problem, dealt)
+    return given if disease.answer is not None else Answer(given.out, None, None, None)
