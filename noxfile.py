@@ -147,6 +147,7 @@ def jax(session: nox.Session) -> None:
     """JAX on the CPU, eager: each keyword once, for it compiles every operation for every shape."""
     install(session, "test", JAX, "pytest-xdist")
     pytest(session, CONFORMANCE, "--backend", "jax", "--cases=few", "--largest-ring=2", "-n2", *session.posargs)
+    pytest(session, "tests/test_check_attention.py", "-k", "jax")
 
 
 @nox.session

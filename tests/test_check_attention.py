@@ -87,6 +87,23 @@ def test_a_mistake_that_is_differentiated_has_its_name_too():
     assert found.diagnoses[0].results == ("out", "dq", "dk", "dv")
 
 
+def test_jax_right_and_wrong_with_gradients():
+    jax = pytest.importorskip("jax")
+    xp = jax.numpy
+
+    def summed(q, k, v, *, ring_size):
+        found = 0
+        for a, b in zip(xp.array_split(k, ring_size, 2), xp.array_split(v, ring_size, 2), strict=True):
+            scores = xp.einsum("bhid,bhjd->bhij", q, a) * q.shape[3] ** -0.5
+            found = found + jax.nn.softmax(scores, -1) @ b
+        return found
+
+    report = check_attention(ringcore.ring_attention, library="jax", accepts=("causal",), ring_sizes=(1, 2))
+    assert {name for _, _, name in report.errors} == {"out", "dq", "dk", "dv"}
+    found = ask(summed, accepts=(), library="jax", ring_sizes=(2, 3, 4, 8))
+    assert [each.disease.name for each in found.diagnoses] == ["softmax per chunk, summed over chunks"]
+
+
 def test_gradients_of_the_wrong_ranks_keys_are_told():
     t = torch()
 
