@@ -143,9 +143,10 @@ def _run(spec: Spec, first: int, folder: Path) -> str | None:
     if process.returncode == 0 and len(list(folder.glob("done.*.json"))) == ranks:
         return None
     lines = said.read_text(errors="replace").strip().splitlines()
-    telling = [line for line in lines if _ERROR.match(line)] or lines
-    last = f"; the last that it said: {telling[-1]}" if telling else ""
-    return f"the process ended with status {process.returncode}{last}"
+    # The first error of those of all ranks and of the launcher, which only says that some failed.
+    telling = next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
+    words = f"; it said: {telling}" if telling else ""
+    return f"the process ended with status {process.returncode}{words}"
 
 
 def _launch(spec: Spec) -> list[str]:
