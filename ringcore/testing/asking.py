@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ringcore.testing.problem import Bools, Dealt, Floats, Problem, Question
 
 LENGTH, WIDTH = 22, 8  # a length that rings of 3 and 4 do not divide
 ACCEPTS = ("causal", "grouped", "window", "scale", "softcap", "mask", "documents", "sinks")
+SUMS = "v of ones, so that out is the sum of weights"
 TOLERANCES = {"float64": 1e-9, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
@@ -36,13 +37,15 @@ class Report:
     """What came of all questions.
 
     asked: how many. errors: the largest difference of each result to what is right, over the largest number due, by
-    (question, ring size, result). diagnoses: mistakes that explain them. faults: what else was wrong.
+    (question, ring size, result). diagnoses: mistakes that explain them. faults: what else was wrong. sums: by
+    ring size, the least and the largest sum of a row's weights, which is 1.
     """
 
     asked: int
     errors: dict[tuple[str, int, str], float]
     diagnoses: tuple[Diagnosis, ...]
     faults: tuple[Fault, ...]
+    sums: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
@@ -58,6 +61,10 @@ class Report:
             f"{', '.join(map(str, each.sizes))}, off by up to {each.error:.2g} of the largest number due)"
             for each in self.diagnoses
         ]
+        off = {size: each for size, each in self.sums.items() if not max(abs(x - 1) for x in each) < 0.01}
+        if off:
+            said = (f"{least:.3g} to {most:.3g} on a ring of {size}" for size, (least, most) in off.items())
+            lines.append(f"the weights of a row sum to {', '.join(said)}; they should to 1")
         lines += [f"{each.question}, ring of {each.size}: {each.words}" for each in self.faults]
         return "\n".join(lines)
 
@@ -72,6 +79,8 @@ def questions(accepts: Collection[str] = (), length: int = LENGTH, seed: int = 0
     hidden[4] = False
 
     yield Question("all keys", _problem(seed, everything))
+    plain = _problem(seed, everything)
+    yield Question(SUMS, replace(plain, v=np.ones_like(plain.v)))
     if "causal" in accepts:
         yield Question("causal", _problem(seed + 1, causal), {"causal": True})
     if "grouped" in accepts:
@@ -154,10 +163,13 @@ def report_of(observations: Sequence[Observation], faults: Sequence[Fault], dtyp
         for each in observations
         for result, error in each.differences(right(each.problem)).items()
     }
-    unanswered = sum(fault.unanswered for fault in faults)
-    return Report(
-        len(observations) + unanswered, errors, tuple(diagnose(observations, TOLERANCES[dtype])), tuple(faults)
-    )
+    sums = {
+        each.dealt.size: (float(each.given["out"].min()), float(each.given["out"].max()))
+        for each in observations
+        if each.name == SUMS and "out" in each.given
+    }
+    count = len(observations) + sum(fault.unanswered for fault in faults)
+    return Report(count, errors, tuple(diagnose(observations, TOLERANCES[dtype])), tuple(faults), sums)
 
 
 def answer(

@@ -78,6 +78,9 @@ class Audit:
             "faults": [
                 {"question": each.question, "ring_size": each.size, "what": each.words} for each in report.faults
             ],
+            "sums_of_weights": [
+                {"ring_size": size, "least": least, "largest": most} for size, (least, most) in report.sums.items()
+            ],
             "errors": [
                 {"question": question, "ring_size": size, "result": result, "error": error}
                 for (question, size, result), error in report.errors.items()

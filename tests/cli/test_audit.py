@@ -92,8 +92,8 @@ def audit(ringcore, tmp_path):
 def test_right_attention(audit):
     answer, report = audit("right", "--ranks", "1,3")
     assert answer.status == 0
-    assert "right in all 8 answers" in answer.out
-    assert (report["right"], report["asked"], report["diagnoses"], report["faults"]) == (True, 8, [], [])
+    assert "right in all 10 answers" in answer.out
+    assert (report["right"], report["asked"], report["diagnoses"], report["faults"]) == (True, 10, [], [])
     assert report["accepts"] == ["causal", "grouped"]
     assert max(each["error"] for each in report["errors"]) < 2e-6
 
@@ -105,6 +105,8 @@ def test_the_original_reports_mistake_has_its_name(audit, ranks):
     (found,) = report["diagnoses"]
     assert found["name"] == "softmax per chunk, summed over chunks"
     assert found["ring_sizes"] == [int(ranks)]
+    (sums,) = report["sums_of_weights"]
+    assert abs(sums["least"] - int(ranks)) < 1e-5 > abs(sums["largest"] - int(ranks))
     assert "softmax per chunk, summed over chunks: the weights of a row sum to the number" in answer.out
 
 
@@ -160,13 +162,13 @@ def test_a_process_for_each_rank_under_mpiexec(audit):
     answer, report = audit("joined", "--launcher", "mpiexec", "--ranks", "1,2,3", "--layout", "zigzag")
     assert answer.status == 0, answer.out
     assert report["accepts"] == ["causal", "window", "grouped"]
-    assert (report["asked"], report["launcher"]) == (15, "mpiexec")
+    assert (report["asked"], report["launcher"]) == (18, "mpiexec")
     answer, report = audit("joined", "--launcher", "mpiexec", "--ranks", "2")  # shards by another layout than it means
     assert answer.status == 1
     assert report["faults"] or report["diagnoses"]
     answer, report = audit("dies_on_one_rank", "--launcher", "mpiexec", "--ranks", "2", "--only", "grouped")
     assert {each["ring_size"] for each in report["faults"]} == {2}
-    assert len(report["faults"]) == 3
+    assert len(report["faults"]) == 4
     assert all("the process ended with status" in each["what"] for each in report["faults"])
 
 
@@ -203,4 +205,4 @@ def test_wrong_usage(ringcore, options, words):
 def test_it_runs_in_the_python_that_runs_the_command(audit):
     assert sys.executable
     answer, _ = audit("ringcore:ring_attention", "--ranks", "2")
-    assert "right in all 10 answers" in answer.out
+    assert "right in all 11 answers" in answer.out
