@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringcore import KeywordError, TransportError
 
+_RING_NAMES, _HEAD_NAMES = ("ring", "cp", "context"), ("heads", "head", "ulysses", "sp")
 _rings_made: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
@@ -69,6 +70,17 @@ def _destroyed(cause: Exception) -> TransportError:
     )
 
 
+def is_grid(ring: Any) -> bool:
+    """Whether it is a mesh of a ring and heads: of two dimensions that have no names, or such as say so.
+
+    A mesh of data and sequence, say, is none: a ring along the data would mix what is not one sequence.
+    """
+    if not isinstance(ring, DeviceMesh) or ring.ndim != 2:
+        return False
+    names = ring.mesh_dim_names
+    return names is None or (names[0] in _RING_NAMES and names[1] in _HEAD_NAMES)
+
+
 def groups_of_mesh(mesh: DeviceMesh) -> list[Any]:
     """The groups along each dimension of a mesh. Raises TransportError unless this process is in it."""
     if mesh.get_coordinate() is None:
@@ -83,8 +95,9 @@ def _group_of_mesh(mesh: DeviceMesh) -> Any:
     if mesh.ndim != 1:
         names = mesh.mesh_dim_names
         raise KeywordError(
-            f"ring is a mesh of {mesh.ndim} dimensions{f', {names}' if names else ''}; a ring runs along one, and "
-            f"a grid has two, ring and heads: give " + (f"mesh[{names[0]!r}]." if names else "mesh.get_group(0).")
+            f"ring is a mesh of {mesh.ndim} dimensions{f', {names}' if names else ''}; a ring runs along one: give "
+            + (f"mesh[{names[0]!r}]" if names else "mesh.get_group(0)")
+            + '. A grid has two, "ring" and "heads", or is two groups: (between groups, inside one).'
         )
     (group,) = groups_of_mesh(mesh)
     return group

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringcore import Call, Documents, DoubleRing, KeywordError, Layout, find_ring, read_documents
-from ringcore_torch.groups import check_member, checked_group, group_of_name, groups_of_mesh
+from ringcore_torch.groups import check_member, checked_group, group_of_name, groups_of_mesh, is_grid
 
 _GROUP, _GRID = "process group", "grid of groups"
 _KEPT = 256  # calls that are remembered
@@ -102,7 +102,7 @@ def _named(x: Any) -> Any:
 
 
 def _ring(x: Any) -> Any:
-    if isinstance(x, DeviceMesh) and x.ndim == 2:
+    if is_grid(x):
         x = tuple(groups_of_mesh(x))
     if isinstance(x, tuple):
         if len(x) != 2:

@@ -8,11 +8,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from ringcore import Blocks, Grid, Move, Pending, RingcoreError, Spec, UnsupportedError, grid_of
 from ringcore_torch.circle import Circle
-from ringcore_torch.groups import checked_group, groups_of_mesh, next_name
+from ringcore_torch.groups import checked_group, groups_of_mesh, is_grid, next_name
 from ringcore_torch.messages import GlooMessages
 from ringcore_torch.nccl import NcclMessages
 from ringcore_torch.peer_memory import PeerMemory
@@ -175,10 +174,10 @@ class TorchTransport:
 def adapt(ring: Any) -> TorchTransport | Grid:
     """The ring of this process group or mesh, made at the first call and kept as long as the group.
 
-    A mesh of two dimensions is a grid: rings run along the first one, heads are dealt along the second.
+    A mesh of "ring" and "heads" is a grid: rings run along the first one, heads are dealt along the second.
     The first call is collective. Raises TransportError or KeywordError if no ring can be made of it.
     """
-    if isinstance(ring, DeviceMesh) and ring.ndim == 2:
+    if is_grid(ring):
         between, inside = (_ring_of(checked_group(group)) for group in groups_of_mesh(ring))
         return grid_of(between, inside)
     return _ring_of(checked_group(ring))

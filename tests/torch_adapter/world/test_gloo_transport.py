@@ -102,7 +102,7 @@ def test_what_is_no_ring(world):
     with pytest.raises(ringcore.KeywordError, match=r"2 dimensions, \('data', 'sequence'\).*give mesh\['data'\]"):
         adapt(init_device_mesh("cpu", (1, size), mesh_dim_names=("data", "sequence")))
     with pytest.raises(ringcore.KeywordError, match=r"give mesh\.get_group\(0\)"):
-        adapt(init_device_mesh("cpu", (1, size)))
+        adapt(init_device_mesh("cpu", (1, 1, size)))
     with pytest.raises(ringcore.KeywordError, match=r"ring is a torch\.Tensor"):
         ringcore.ring_attention(*[BLOCK] * 3, ring=BLOCK)
     gone = dist.new_group()
