@@ -1,11 +1,14 @@
 """`ringcore.testing.check_attention`: right implementations pass, each wrong one is told what it does wrong."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from given import torch
 
 import ringcore
 from ringcore.testing import ask, check_attention
+from ringcore.testing.signatures import attention_of
 
 ALL = ("causal", "grouped", "window", "scale", "softcap", "mask", "documents", "sinks")
 
@@ -103,6 +106,39 @@ def test_jax_right_and_wrong_with_gradients():
     assert {name for _, _, name in report.errors} == {"out", "dq", "dk", "dv"}
     found = ask(summed, accepts=(), library="jax", ring_sizes=(2, 3, 4, 8))
     assert [each.disease.name for each in found.diagnoses] == ["softmax per chunk, summed over chunks"]
+
+
+def test_jax_dot_product_attention_by_its_signature():
+    jax = pytest.importorskip("jax")
+    attention, accepts, library = attention_of(jax.nn.dot_product_attention, "jax")
+    assert (set(accepts), library) == ({"causal", "grouped", "window", "scale", "mask"}, "jax")
+    found = ask(attention, accepts=accepts, library=library, ring_sizes=(1,))
+    assert [each.disease.name for each in found.diagnoses] == ["a finite sentinel for hidden keys"]
+    assert not found.faults
+
+
+def test_nan_where_nothing_is_seen_is_told_on_torch_with_gradients():
+    t = torch()
+
+    def naive(q, k, v, *, ring_size, mask=None, causal=False, chunks=None):
+        scores = q @ k.mT * q.shape[3] ** -0.5
+        hidden = t.zeros(q.shape[2], k.shape[2], dtype=bool) if mask is None else ~mask
+        hidden = hidden | t.ones_like(hidden).triu(1) if causal else hidden
+        parts = zip(
+            *(x.tensor_split(chunks or ring_size, dim) for x, dim in ((scores, 3), (hidden, 1), (v, 2))), strict=True
+        )
+        found = []
+        for part, unseen, values in parts:
+            part = part.masked_fill(unseen, float("-inf"))
+            found.append((part.softmax(-1) @ values, part.logsumexp(-1, keepdim=True)))
+        shares = t.stack([lse for _, lse in found]).softmax(0)
+        return (shares * t.stack([out for out, _ in found])).sum(0)
+
+    told = ask(partial(naive, chunks=1), accepts=("mask", "causal"), library="torch", ring_sizes=(1, 2))
+    assert [each.disease.name for each in told.diagnoses] == ["NaN in rows that see nothing"]
+    assert (told.diagnoses[0].sizes, told.diagnoses[0].results) == ((1, 2), ("out", "dv"))
+    told = ask(naive, accepts=("mask", "causal"), library="torch", ring_sizes=(1, 2, 3))
+    assert [each.disease.name for each in told.diagnoses] == ["NaN where one hop shows a row nothing"]
 
 
 def test_gradients_of_the_wrong_ranks_keys_are_told():

@@ -67,7 +67,7 @@ def test_out_alone_tells_what_out_shows():
         seen = observed(lambda each, dealt, disease=disease: given_by(disease, each, dealt), names=("out",))
         found = diagnose(seen)
         assert [each.disease for each in found] in ([disease], [])
-        assert bool(found) == (disease.weights is not None or "heads" in disease.name)
+        assert bool(found) == (disease.weights is not None or any(word in disease.name for word in ("heads", "NaN")))
 
 
 def test_two_diseases_that_nothing_tells_apart_are_both_named():

@@ -220,6 +220,26 @@ def _averages(problem: Problem, dealt: Dealt) -> Floats:
     return np.where(empty, 1 / problem.k.shape[2], weights)
 
 
+def _nan_of(empty: Callable[[Problem, Dealt], Bools]) -> Callable[[Problem, Dealt], Answer]:
+    """NaN in the rows that ``empty`` [B, H, S, 1] says; how far it spreads in gradients depends on the framework."""
+
+    def answer(problem: Problem, dealt: Dealt) -> Answer:
+        due, rows = right(problem), np.broadcast_to(empty(problem, dealt), (*problem.q.shape[:3], 1))
+        return Answer(np.where(rows, np.nan, due.out), None, None, None) if rows.any() else due
+
+    return answer
+
+
+def _unseeing(problem: Problem, dealt: Dealt) -> Bools:
+    return np.logical_not(problem.sees.any(-1, keepdims=True))
+
+
+def _unseeing_in_a_hop(problem: Problem, dealt: Dealt) -> Bools:
+    keys = problem.k.shape[2]
+    seen = [(problem.sees & dealt.keys_of_hop(number, keys)).any(-1, keepdims=True) for number in range(dealt.size)]
+    return np.asarray(~np.logical_and.reduce(seen))
+
+
 def _sink_of_each_hop(problem: Problem, dealt: Dealt) -> Floats:
     return _softmax(problem.scores, problem.sinks, times=dealt.size)
 
@@ -350,6 +370,12 @@ DISEASES = (
     Disease("no scale at all", "weights are those of scores that were never multiplied", _scaled_by(lambda width: 1.0)),
     Disease("scale ignored, and its default taken", "weights are the default's", _scaled_by(lambda width: width**-0.5)),
     Disease("a finite sentinel for hidden keys", "rows that see nothing get the average of v", _averages),
+    Disease("NaN in rows that see nothing", "a softmax over no key divides 0 by 0", answer=_nan_of(_unseeing)),
+    Disease(
+        "NaN where one hop shows a row nothing",
+        "a chunk of which nothing is seen brings NaN to the merge",
+        answer=_nan_of(_unseeing_in_a_hop),
+    ),
     Disease("sinks counted once for each hop", "weights sum to less than with one sink", _sink_of_each_hop),
     Disease("grouped heads in the wrong order", "query head h reads key head h % Hk", answer=_heads_turned),
     Disease(

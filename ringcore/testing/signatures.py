@@ -20,12 +20,13 @@ class Signature:
     """How functions of a kind are called.
 
     keywords: what each of ACCEPTS is called there. library: whose arrays they take. sequence_first: whether arrays are
-    [B, S, H, D].
+    [B, S, H, D]. broad_mask: whether masks have four axes, [B, H, S, N].
     """
 
     keywords: dict[str, str]
     library: str
     sequence_first: bool = False
+    broad_mask: bool = False
 
 
 SIGNATURES = {
@@ -35,6 +36,12 @@ SIGNATURES = {
         {"causal": "causal", "window": "window_size", "scale": "softmax_scale", "softcap": "softcap"},
         "torch",
         sequence_first=True,
+    ),
+    "jax": Signature(
+        {"causal": "is_causal", "window": "local_window_size", "scale": "scale", "mask": "mask"},
+        "jax",
+        sequence_first=True,
+        broad_mask=True,
     ),
 }
 _RING, _GROUPED = "ring_size", "enable_gqa"
@@ -77,6 +84,8 @@ def attention_of(function: Attention, signature: str, ring: Any = None) -> tuple
 
     def attention(q: Any, k: Any, v: Any, *, ring_size: int, **keywords: Any) -> Any:
         named = {kind.keywords[name]: x for name, x in keywords.items()}
+        if kind.broad_mask and "mask" in keywords:
+            named[kind.keywords["mask"]] = keywords["mask"][None, None]
         if ring is None and takes(_RING):
             named[_RING] = ring_size
         if ring is not None:
