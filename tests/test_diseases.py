@@ -10,13 +10,16 @@ from ringcore.testing.diagnosis import NAMES, UNKNOWN
 LENGTH = 14
 
 
-def problem(causal, heads=4, key_heads=2, sinks=False, empty=False, seed=0):
+def problem(causal, heads=4, key_heads=2, sinks=False, empty=False, seed=0, softcap=None, documents=False):
     rng = np.random.default_rng(seed)
     q, k, v, dout = (rng.standard_normal((1, h, LENGTH, 4)) for h in (heads, key_heads, key_heads, heads))
     sees = np.tril(np.ones((LENGTH, LENGTH), bool)) if causal else np.ones((LENGTH, LENGTH), bool)
     if empty:
         sees[3] = False
-    return Problem(2 * q, k, v, dout, 0.7, sees[None, None], sinks=rng.standard_normal(heads) if sinks else None)
+    if documents:
+        sees[9:, :9] = False
+    sinks = rng.standard_normal(heads) if sinks else None
+    return Problem(2 * q, k, v, dout, 0.7, sees[None, None], softcap=softcap, sinks=sinks)
 
 
 PROBLEMS = [
@@ -25,6 +28,8 @@ PROBLEMS = [
     problem(True, sinks=True, seed=1),
     problem(False, heads=2, seed=2),
     problem(False, empty=True, seed=3),
+    problem(False, softcap=1.5, seed=4),
+    problem(True, documents=True, seed=5),
 ]
 
 
@@ -67,7 +72,17 @@ def test_out_alone_tells_what_out_shows():
         seen = observed(lambda each, dealt, disease=disease: given_by(disease, each, dealt), names=("out",))
         found = diagnose(seen)
         assert [each.disease for each in found] in ([disease], [])
-        assert bool(found) == (disease.weights is not None or any(word in disease.name for word in ("heads", "NaN")))
+        assert bool(found) == (
+            disease.weights is not None or any(word in disease.name for word in ("heads", "NaN", "softcap"))
+        )
+
+
+@pytest.mark.parametrize("words", ["stale k and v", "one rank off", "not carried home"])
+def test_mistakes_between_ranks_are_none_on_a_ring_of_one(words):
+    diseases = [disease for disease in DISEASES if words in disease.name]
+    assert diseases
+    for disease in diseases:
+        assert diagnose(observed(lambda each, dealt, disease=disease: given_by(disease, each, dealt), (1,))) == []
 
 
 def test_two_diseases_that_nothing_tells_apart_are_both_named():
@@ -100,7 +115,13 @@ def test_the_original_reports_algorithm_is_told(size):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 def test_ringcore_is_healthy(layout):
     def answer(each, dealt):
-        keywords = {"scale": each.scale, "sinks": each.sinks, "ring_size": dealt.size, "layout": layout}
+        keywords = {
+            "scale": each.scale,
+            "softcap": each.softcap,
+            "sinks": each.sinks,
+            "ring_size": dealt.size,
+            "layout": layout,
+        }
         sees = np.broadcast_to(each.sees, (1, 1, LENGTH, LENGTH))
         (out, _), pullback = ringcore.ring_attention_vjp(each.q, each.k, each.v, mask=sees, **keywords)
         return type(right(each))(out, *pullback(each.dout))

@@ -174,7 +174,7 @@ def attend(
 def audit(
     target: Annotated[str, typer.Argument(help="The function: package.module:function.", show_default=False)],
     signature: Annotated[
-        str, typer.Option(help="How it is called: ringcore, sdpa, flash-attn, or a Python file that says.")
+        str, typer.Option(help="How it is called: ringcore, sdpa, flash-attn, jax, or a Python file that says.")
     ] = "ringcore",
     ranks: Annotated[str, typer.Option(help="The ring sizes to ask about.")] = "1,2,3,4",
     library: Annotated[str | None, typer.Option(help="numpy, torch or jax; the signature's if not given.")] = None,

@@ -192,6 +192,17 @@ def _everything(problem: Problem, dealt: Dealt) -> Floats:
     return right_weights(problem.seeing(np.ones(problem.sees.shape, bool)))
 
 
+def _causal_alone(problem: Problem, dealt: Dealt) -> Floats:
+    """What else hides keys is ignored where causality hides some."""
+    triangle: Bools = np.tri(*problem.sees.shape[-2:], dtype=np.bool_)
+    causal = not (problem.sees & ~triangle).any()
+    return right_weights(problem.seeing(triangle) if causal else problem)
+
+
+def _uncapped(problem: Problem, dealt: Dealt) -> Answer:
+    return right(replace(problem, softcap=None))
+
+
 def _own_keys(problem: Problem, dealt: Dealt) -> Floats:
     keys = dealt.keys_of_hop(0, problem.k.shape[2])
     return right_weights(problem.seeing(problem.sees & keys))
@@ -247,9 +258,8 @@ def _sink_of_each_hop(problem: Problem, dealt: Dealt) -> Floats:
 def _heads_turned(problem: Problem, dealt: Dealt) -> Answer:
     """Query head h reads key head h % Hk."""
     order = np.arange(problem.q.shape[1]) % problem.k.shape[1]
-    raw = np.einsum("bhsd,bhtd->bhst", problem.q, problem.k[:, order]) * problem.scale
-    weights = _softmax(np.where(problem.sees, raw, -np.inf), problem.sinks)
-    return Answer(weights @ problem.v[:, order], None, None, None)
+    turned = replace(problem, k=problem.k[:, order], v=problem.v[:, order])
+    return Answer(right_weights(turned) @ turned.v, None, None, None)
 
 
 def _stale(hop_of: Callable[[int], int]) -> Callable[[Problem, Dealt], Answer]:
@@ -258,6 +268,7 @@ def _stale(hop_of: Callable[[int], int]) -> Callable[[Problem, Dealt], Answer]:
     def answer(problem: Problem, dealt: Dealt) -> Answer:
         whole = backward(problem, right_weights(problem))
         lse, k, v = _lse(problem.scores), problem.of_heads(problem.k), problem.of_heads(problem.v)
+        lse = lse if problem.sinks is None else np.logaddexp(lse, problem.sinks[:, None, None])
         delta = (problem.dout * whole.out).sum(-1, keepdims=True)
         dq, dk, dv = np.zeros_like(problem.q), np.zeros_like(k), np.zeros_like(v)
         for rank, rows in enumerate(dealt.rows):
@@ -268,9 +279,11 @@ def _stale(hop_of: Callable[[int], int]) -> Callable[[Problem, Dealt], Answer]:
                 some = np.ix_(range(k.shape[0]), range(k.shape[1]), list(rows))
                 q, dout = problem.q[some], problem.dout[some]
                 sees = np.broadcast_to(problem.sees, problem.scores.shape)[some][..., mine]
-                scores = np.where(sees, q @ np.swapaxes(k[:, :, theirs], -1, -2) * problem.scale, -np.inf)
+                scores = problem.capped(q @ np.swapaxes(k[:, :, theirs], -1, -2) * problem.scale)
+                slope = 1.0 if problem.softcap is None else 1 - (scores / problem.softcap) ** 2
+                scores = np.where(sees, scores, -np.inf)
                 power = np.exp(scores - np.where(np.isneginf(lse[some]), 0.0, lse[some]))
-                gained = power * (dout @ np.swapaxes(v[:, :, theirs], -1, -2) - delta[some]) * problem.scale
+                gained = power * (dout @ np.swapaxes(v[:, :, theirs], -1, -2) - delta[some]) * slope * problem.scale
                 dq[some] += gained @ k[:, :, theirs]
                 dk[:, :, mine] += np.swapaxes(gained, -1, -2) @ q
                 dv[:, :, mine] += np.swapaxes(power, -1, -2) @ dout
@@ -365,6 +378,9 @@ DISEASES = (
     Disease("a diagonal one key too far", "each query sees the key after its own", _seen_by_shift(1)),
     Disease("a diagonal one key too short", "no query sees its own key", _seen_by_shift(-1)),
     Disease("causal, mask, window or documents ignored", "hidden keys have weights", _everything),
+    Disease("documents, mask or window ignored beside causal", "all earlier keys have weights", _causal_alone),
+    Disease("softcap ignored", "large scores are as large as without it", answer=_uncapped),
+    Disease("sinks ignored", "weights sum to 1 beside a sink", lambda problem, dealt: _softmax(problem.scores)),
     Disease("no ring at all", "a query sees the keys of its own rank alone", _own_keys),
     Disease("length floored to a multiple of the ring", "the last keys have no weights", _floored),
     Disease("no scale at all", "weights are those of scores that were never multiplied", _scaled_by(lambda width: 1.0)),

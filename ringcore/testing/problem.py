@@ -43,8 +43,11 @@ class Problem:
     @cached_property
     def raw(self) -> Floats:
         """The scores of all pairs."""
-        found = np.einsum("bhsd,bhtd->bhst", self.q, self.of_heads(self.k)) * self.scale
-        return np.asarray(found if self.softcap is None else self.softcap * np.tanh(found / self.softcap))
+        return self.capped(np.einsum("bhsd,bhtd->bhst", self.q, self.of_heads(self.k)) * self.scale)
+
+    def capped(self, scores: Floats) -> Floats:
+        """Scores by the softcap, if there is one."""
+        return np.asarray(scores if self.softcap is None else self.softcap * np.tanh(scores / self.softcap))
 
     def of_heads(self, x: Floats) -> Floats:
         """k or v for every query head."""
