@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ringcore.cli.audit_page import check_drawing, page
 from ringcore.errors import FileError, KeywordError
 from ringcore.layout import NAMED
 from ringcore.testing.asking import ACCEPTS, TOLERANCES
@@ -16,17 +17,25 @@ from ringcore.testing.libraries import LIBRARIES
 from ringcore.testing.signatures import SIGNATURES
 
 
-def run_audit(spec: Spec, path: Path | None) -> int:
+def run_audit(spec: Spec, path: Path | None, html: Path | None = None) -> int:
     """Ask, print, write; the exit status."""
     _check(spec)
+    if html is not None:
+        check_drawing()
     found = audit(spec)
     if path is not None:
-        try:
-            path.write_text(json.dumps(found.as_json(), indent=1) + "\n")
-        except OSError as error:
-            raise FileError(f"the report cannot be written to {path}: {error}.") from error
+        _write(path, json.dumps(found.as_json(), indent=1) + "\n")
+    if html is not None:
+        _write(html, page(found))
     _print(found)
     return 0 if found.report.right else 1
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"the report cannot be written to {path}: {error}.") from error
 
 
 def ring_sizes(text: str) -> tuple[int, ...]:

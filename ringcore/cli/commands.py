@@ -188,6 +188,7 @@ def audit(
     gradients: Annotated[bool, typer.Option(help="Ask for gradients too.")] = True,
     deadline: Annotated[float, typer.Option(help="Seconds for each answer.")] = 60.0,
     json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a picture to this file.")] = None,
 ) -> int:
     """Ask somebody's attention on rings of several sizes, and say which known mistake it makes.
 
@@ -199,4 +200,4 @@ def audit(
     names = tuple(only.split(",")) if only else ()
     sizes = ring_sizes(ranks)
     spec = Spec(target, signature, sizes, library, dtype, names, gradients, deadline, launcher, length, layout)
-    return run_audit(spec, json)
+    return run_audit(spec, json, html)

@@ -38,14 +38,14 @@ class Report:
 
     asked: how many. errors: the largest difference of each result to what is right, over the largest number due, by
     (question, ring size, result). diagnoses: mistakes that explain them. faults: what else was wrong. sums: by
-    ring size, the least and the largest sum of a row's weights, which is 1.
+    ring size, the sum of each row's weights, head by head, which is 1.
     """
 
     asked: int
     errors: dict[tuple[str, int, str], float]
     diagnoses: tuple[Diagnosis, ...]
     faults: tuple[Fault, ...]
-    sums: dict[int, tuple[float, float]] = field(default_factory=dict)
+    sums: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
@@ -63,7 +63,7 @@ class Report:
         ]
         off = {size: each for size, each in self.sums.items() if not max(abs(x - 1) for x in each) < 0.01}
         if off:
-            said = (f"{least:.3g} to {most:.3g} on a ring of {size}" for size, (least, most) in off.items())
+            said = (f"{min(each):.3g} to {max(each):.3g} on a ring of {size}" for size, each in off.items())
             lines.append(f"the weights of a row sum to {', '.join(said)}; they should to 1")
         lines += [f"{each.question}, ring of {each.size}: {each.words}" for each in self.faults]
         return "\n".join(lines)
@@ -164,7 +164,7 @@ def report_of(observations: Sequence[Observation], faults: Sequence[Fault], dtyp
         for result, error in each.differences(right(each.problem)).items()
     }
     sums = {
-        each.dealt.size: (float(each.given["out"].min()), float(each.given["out"].max()))
+        each.dealt.size: tuple(each.given["out"].mean(-1).ravel().tolist())
         for each in observations
         if each.name == SUMS and "out" in each.given
     }

@@ -79,7 +79,8 @@ class Audit:
                 {"question": each.question, "ring_size": each.size, "what": each.words} for each in report.faults
             ],
             "sums_of_weights": [
-                {"ring_size": size, "least": least, "largest": most} for size, (least, most) in report.sums.items()
+                {"ring_size": size, "least": min(rows), "largest": max(rows), "rows": list(rows)}
+                for size, rows in report.sums.items()
             ],
             "errors": [
                 {"question": question, "ring_size": size, "result": result, "error": error}

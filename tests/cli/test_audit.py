@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 PLANTED = """
@@ -108,6 +110,22 @@ def test_the_original_reports_mistake_has_its_name(audit, ranks):
     (sums,) = report["sums_of_weights"]
     assert abs(sums["least"] - int(ranks)) < 1e-5 > abs(sums["largest"] - int(ranks))
     assert "softmax per chunk, summed over chunks: the weights of a row sum to the number" in answer.out
+
+
+def test_a_page_with_a_picture(audit, tmp_path):
+    answer, report = audit("summed", "--ranks", "1,3", "--html", "page.html")
+    assert answer.status == 1
+    written = (tmp_path / "page.html").read_text()
+    assert written.startswith("<!doctype html>")
+    assert "softmax per chunk, summed over chunks" in written
+    assert written.count("<svg") == written.count("</svg>") == 1
+    assert {name for name in ("The sum of each row", "The largest error") if f"<!-- {name}" in written} == {
+        "The sum of each row", "The largest error",
+    }  # fmt: skip
+    ElementTree.fromstring(written[written.index("<svg") : written.index("</svg>") + 6])
+    rows = {each["ring_size"]: each["rows"] for each in report["sums_of_weights"]}
+    assert {size: len(sums) for size, sums in rows.items()} == {1: 44, 3: 44}
+    np.testing.assert_allclose([rows[1], rows[3]], [[1] * 44, [3] * 44], rtol=1e-5)
 
 
 def test_what_a_function_does_to_its_process_ends_no_audit(audit):

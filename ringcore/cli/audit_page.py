@@ -1,0 +1,88 @@
+"""The page of an audit, one HTML file: sums of weights row by row, errors by the ring's size, and what is wrong."""
+
+from __future__ import annotations
+
+from html import escape
+from io import StringIO
+
+from ringcore.errors import MissingDependency
+from ringcore.testing.auditing import Audit
+from ringcore.testing.diagnosis import NAMES
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }}
+svg {{ max-width: 100%; height: auto }}
+td, th {{ padding: 0 1em 0 0; text-align: left }} td {{ font-family: monospace }}
+.right {{ color: #17692a }} .wrong {{ color: #a01616 }}
+</style>
+<h1>{title}</h1>
+<p>{asked}</p>
+{verdict}
+{picture}
+<table><tr><th>question</th><th>result</th>{sizes}</tr>
+{rows}
+</table>
+</html>
+"""
+
+
+def check_drawing() -> None:
+    """Raises MissingDependency if no picture can be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency('--html draws with matplotlib: pip install "ringcore[report]".') from error
+
+
+def page(found: Audit) -> str:
+    """The whole page; it needs no other file."""
+    spec, report = found.spec, found.report
+    verdict = "".join(f"<li>{escape(line)}</li>\n" for line in str(report).splitlines())
+    rows = []
+    for question, result in dict.fromkeys((question, result) for question, _, result in report.errors):
+        errors = (report.errors.get((question, size, result)) for size in spec.ring_sizes)
+        cells = "".join(f"<td>{'no answer' if error is None else f'{error:.1e}'}</td>" for error in errors)
+        rows.append(f"<tr><td>{escape(question)}</td><td>{result}</td>{cells}</tr>")
+    return _PAGE.format(
+        title=f"Audit of {escape(spec.target)}",
+        asked=escape(
+            f"Asked by signature {spec.signature}, launcher {spec.launcher}, in {spec.dtype}: "
+            f"{report.asked} answers about {spec.length} positions."
+        ),
+        verdict=f'<ul class="{"right" if report.right else "wrong"}">\n{verdict}</ul>',
+        picture=_picture(found) if report.errors else "",
+        sizes="".join(f"<th>ring of {size}</th>" for size in spec.ring_sizes),
+        rows="\n".join(rows),
+    )
+
+
+def _picture(found: Audit) -> str:
+    """SVG: the sum of each row's weights by ring size, and the largest error of each result by ring size."""
+    from matplotlib.figure import Figure
+
+    report, figure = found.report, Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sizes = sorted(report.sums)
+    if sizes:
+        drawn = left.imshow(
+            [report.sums[size] for size in sizes], aspect="auto", vmin=0, vmax=2, cmap="RdBu", interpolation="nearest"
+        )
+        left.set_yticks(range(len(sizes)), [str(size) for size in sizes])
+        figure.colorbar(drawn, ax=left, extend="max", label="sum of weights, due is 1")
+    left.set(title="The sum of each row's weights", xlabel="row of out, head by head", ylabel="ring size")
+    for name in NAMES:
+        asked = sorted({size for _, size, result in report.errors if result == name})
+        worst = [
+            max(error for (_, size, result), error in report.errors.items() if (size, result) == (at, name))
+            for at in asked
+        ]
+        if asked:
+            right.plot(asked, [max(error, 1e-17) for error in worst], marker="o", label=name)
+    right.set_xticks(found.spec.ring_sizes)
+    right.set(title="The largest error", xlabel="ring size", ylabel="over the largest number due", yscale="log")
+    right.legend()
+    drawing = StringIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None})
+    return drawing.getvalue().partition("<svg")[1] + drawing.getvalue().partition("<svg")[2]
