@@ -139,7 +139,7 @@ MUTANTS = (
         "cut = product(row.residues(step), column.residues(step))",
         "cut = [(row, column)]",
         RING,
-        "out_and_lse and causal and mixed",
+        "out_and_lse and mixed",
     ),
     Mutant(
         "the last rank that sees a block is left out",

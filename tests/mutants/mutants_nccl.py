@@ -40,7 +40,7 @@ MUTANTS = (
         "self._visiting, self._carried = visiting, carried",
         "self._visiting, self._carried = carried, carried",
         STRICT,
-        "later_plans",
+        "no_others_follow",
     ),
     Mutant(
         "what went home may be overwritten at once",
