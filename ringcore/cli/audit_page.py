@@ -9,6 +9,8 @@ from ringcore.errors import MissingDependency
 from ringcore.testing.auditing import Audit
 from ringcore.testing.diagnosis import NAMES
 
+_LEAST, _MOST = 1e-17, 1e3  # errors that are drawn: those of NaN are infinite
+
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
@@ -79,9 +81,14 @@ def _picture(found: Audit) -> str:
             for at in asked
         ]
         if asked:
-            right.plot(asked, [max(error, 1e-17) for error in worst], marker="o", label=name)
+            right.plot(asked, [min(max(error, _LEAST), _MOST) for error in worst], marker="o", label=name)
     right.set_xticks(found.spec.ring_sizes)
-    right.set(title="The largest error", xlabel="ring size", ylabel="over the largest number due", yscale="log")
+    right.set(
+        title="The largest error",
+        xlabel="ring size",
+        ylabel=f"over the largest number due, up to {_MOST:g}",
+        yscale="log",
+    )
     right.legend()
     drawing = StringIO()
     figure.savefig(drawing, format="svg", metadata={"Date": None})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,11 +26,20 @@ def run_audit(spec: Spec, path: Path | None, html: Path | None = None) -> int:
         check_drawing()
     found = audit(spec)
     if path is not None:
-        _write(path, json.dumps(found.as_json(), indent=1) + "\n")
+        _write(path, json.dumps(_finite(found.as_json()), indent=1, allow_nan=False) + "\n")
     if html is not None:
         _write(html, page(found))
     _print(found)
     return 0 if found.report.right else 1
+
+
+def _finite(x: Any) -> Any:
+    """The same with None for what JSON has no number for: NaN and infinity."""
+    if isinstance(x, dict):
+        return {name: _finite(each) for name, each in x.items()}
+    if isinstance(x, list):
+        return [_finite(each) for each in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _write(path: Path, text: str) -> None:

@@ -43,6 +43,10 @@ def misbehaving(q, k, v, *, ring_size):
     return right(q, k, v, ring_size=ring_size)
 
 
+def nothing_but_nan(q, k, v, *, ring_size):
+    return np.full_like(q, np.nan)
+
+
 def flash(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None):
     window = None if window_size == (-1, -1) else window_size
     return ringcore.ring_attention(q, k, v, causal=causal, window=window, scale=softmax_scale, axes="bshd")
@@ -126,6 +130,15 @@ def test_a_page_with_a_picture(audit, tmp_path):
     rows = {each["ring_size"]: each["rows"] for each in report["sums_of_weights"]}
     assert {size: len(sums) for size, sums in rows.items()} == {1: 44, 3: 44}
     np.testing.assert_allclose([rows[1], rows[3]], [[1] * 44, [3] * 44], rtol=1e-5)
+
+
+def test_numbers_that_json_does_not_have_are_null(audit, tmp_path):
+    answer, report = audit("nothing_but_nan", "--ranks", "2", "--html", "page.html")
+    assert answer.status == 1
+    written = (tmp_path / "report.json").read_text()
+    assert not {word for word in ("NaN", "Infinity") if word in written}
+    assert {each["error"] for each in report["errors"]} == {None}
+    assert "not right, in no way that is known" in (tmp_path / "page.html").read_text()
 
 
 def test_what_a_function_does_to_its_process_ends_no_audit(audit):
