@@ -200,7 +200,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, strictly."""
-    install(session, "cli", TORCH, "mypy==2.4.1")
+    install(session, "report", TORCH, "mypy==2.4.1")
     session.run("mypy")
 
 
