@@ -8,9 +8,10 @@ from given import torch
 
 import ringcore
 from ringcore.testing import ask, check_attention
+from ringcore.testing.asking import ACCEPTS
 from ringcore.testing.signatures import attention_of
 
-ALL = ("causal", "grouped", "window", "scale", "softcap", "mask", "documents", "sinks")
+ALL = tuple(name for name in ACCEPTS if name != "dilated")
 
 
 def chunked(q, k, v, *, ring_size, causal=False, scale=None, share=lambda total, size: total):
@@ -39,8 +40,8 @@ def words_about(attention, **keywords):
 def test_ringcore_passes_on_numpy(dtype):
     report = check_attention(ringcore.ring_attention, accepts=ALL, dtype=dtype)
     assert report.right
-    assert report.asked == 11 * 4
-    assert str(report).startswith("right in all 44 answers")
+    assert report.asked == 19 * 4
+    assert str(report).startswith("right in all 76 answers")
 
 
 def test_ringcore_passes_on_torch_with_gradients():
@@ -62,18 +63,17 @@ def test_chunks_softmaxed_by_themselves_are_told():
 @pytest.mark.parametrize(
     ("swallowed", "due"),
     [
-        *((name, "causal, mask, window or documents ignored") for name in ("causal", "window", "mask")),
-        ("documents", "documents, mask or window ignored beside causal"),
+        *((name, f"{name} ignored") for name in ALL if name not in ("causal", "grouped", "scale", "prefix")),
+        ("causal", "causal ignored"),
         ("scale", "scale ignored, and its default taken"),
-        ("softcap", "softcap ignored"),
-        ("sinks", "sinks ignored"),
+        ("prefix", "prefix ignored"),
     ],
 )
 def test_a_keyword_that_is_taken_and_ignored_is_told(swallowed, due):
     def attention(q, k, v, **keywords):
         return ringcore.ring_attention(q, k, v, **{name: x for name, x in keywords.items() if name != swallowed})
 
-    accepts = ("causal", swallowed) if swallowed in ("documents", "sinks") else (swallowed,)
+    accepts = "causal", swallowed
     assert [each.disease.name for each in ask(attention, accepts=accepts).diagnoses] == [due]
 
 

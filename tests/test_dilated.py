@@ -1,8 +1,5 @@
 """Dilated attention: what it is equal to, what it costs, and what it refuses. Exactness is the conformance suite's."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from given import K, Q, V, refused
@@ -12,11 +9,8 @@ from ringcore import KeywordError, ShapeError, dilated_attention, dilated_attent
 from ringcore.balance import lightest, pairs
 from ringcore.dilation import Dilation
 from ringcore.schedule import ring_plans
+from ringcore.testing.meaning import kept_pairs, multiplicity
 from ringcore.tiling import Visibility
-
-sys.path.append(str(Path(__file__).parent / "conformance"))
-
-from oracle import kept_pairs, multiplicity
 
 RIGHT = {"segment_lengths": (4, 6), "dilation_rates": (1, 2)}
 

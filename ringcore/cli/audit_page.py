@@ -1,9 +1,10 @@
-"""The page of an audit, one HTML file: sums of weights row by row, errors by the ring's size, and what is wrong."""
+"""The page of an audit, one HTML file: weights and their sums, errors by the ring's size, and what is wrong."""
 
 from __future__ import annotations
 
 from html import escape
 from io import StringIO
+from typing import Any
 
 from ringcore.errors import MissingDependency
 from ringcore.testing.auditing import Audit
@@ -61,35 +62,56 @@ def page(found: Audit) -> str:
 
 
 def _picture(found: Audit) -> str:
-    """SVG: the sum of each row's weights by ring size, and the largest error of each result by ring size."""
+    """SVG: sums of weights and largest errors by ring size, and the weights of the first head that were read off."""
     from matplotlib.figure import Figure
 
-    report, figure = found.report, Figure(figsize=(11, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    sizes = sorted(report.sums)
+    weights = found.report.weights
+    figure = Figure(figsize=(11, 7.2 if weights else 3.6), layout="constrained")
+    parts = figure.subfigures(2 if weights else 1, 1, squeeze=False)[:, 0]
+    left, right = parts[0].subplots(1, 2)
+    _draw_sums(left, found)
+    _draw_errors(right, found)
+    if weights:
+        _draw_weights(parts[1], found)
+    drawing = StringIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None})
+    return drawing.getvalue().partition("<svg")[1] + drawing.getvalue().partition("<svg")[2]
+
+
+def _draw_sums(axes: Any, found: Audit) -> None:
+    sums = found.report.sums
+    sizes = sorted(sums)
     if sizes:
-        drawn = left.imshow(
-            [report.sums[size] for size in sizes], aspect="auto", vmin=0, vmax=2, cmap="RdBu", interpolation="nearest"
+        drawn = axes.imshow(
+            [sums[size] for size in sizes], aspect="auto", vmin=0, vmax=2, cmap="RdBu", interpolation="nearest"
         )
-        left.set_yticks(range(len(sizes)), [str(size) for size in sizes])
-        figure.colorbar(drawn, ax=left, extend="max", label="sum of weights, due is 1")
-    left.set(title="The sum of each row's weights", xlabel="row of out, head by head", ylabel="ring size")
+        axes.set_yticks(range(len(sizes)), [str(size) for size in sizes])
+        axes.figure.colorbar(drawn, ax=axes, extend="max", label="sum of weights, due is 1")
+    axes.set(title="The sum of each row's weights", xlabel="row of out, head by head", ylabel="ring size")
+
+
+def _draw_errors(axes: Any, found: Audit) -> None:
+    errors = found.report.errors
     for name in NAMES:
-        asked = sorted({size for _, size, result in report.errors if result == name})
+        asked = sorted({size for _, size, result in errors if result == name})
         worst = [
-            max(error for (_, size, result), error in report.errors.items() if (size, result) == (at, name))
-            for at in asked
+            max(error for (_, size, result), error in errors.items() if (size, result) == (at, name)) for at in asked
         ]
         if asked:
-            right.plot(asked, [min(max(error, _LEAST), _MOST) for error in worst], marker="o", label=name)
-    right.set_xticks(found.spec.ring_sizes)
-    right.set(
+            axes.plot(asked, [min(max(error, _LEAST), _MOST) for error in worst], marker="o", label=name)
+    axes.set_xticks(found.spec.ring_sizes)
+    axes.set(
         title="The largest error",
         xlabel="ring size",
         ylabel=f"over the largest number due, up to {_MOST:g}",
         yscale="log",
     )
-    right.legend()
-    drawing = StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    return drawing.getvalue().partition("<svg")[1] + drawing.getvalue().partition("<svg")[2]
+    axes.legend()
+
+
+def _draw_weights(figure: Any, found: Audit) -> None:
+    due, came = found.report.due_weights, found.report.weights
+    drawn = {**({} if due is None else {"due": due}), **{f"ring of {size}": x for size, x in came.items()}}
+    for axes, (name, weights) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        axes.imshow(weights[0], vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+        axes.set(title=f"Weights, {name}", xlabel="key", ylabel="query")

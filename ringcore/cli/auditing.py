@@ -14,8 +14,9 @@ from ringcore.cli.audit_page import check_drawing, page
 from ringcore.errors import FileError, KeywordError
 from ringcore.layout import NAMED
 from ringcore.testing.asking import ACCEPTS, TOLERANCES
-from ringcore.testing.auditing import LAUNCHERS, Audit, Spec, audit
-from ringcore.testing.libraries import LIBRARIES
+from ringcore.testing.auditing import Audit, audit
+from ringcore.testing.libraries import DEVICES, LIBRARIES
+from ringcore.testing.running import LAUNCHERS, Spec
 from ringcore.testing.signatures import SIGNATURES
 
 
@@ -62,7 +63,8 @@ def _check(spec: Spec) -> None:
         raise KeywordError(
             f"--signature is {spec.signature!r}; it must be one of {', '.join(SIGNATURES)}, or a Python file."
         )
-    for name, value, known in (("library", spec.library, LIBRARIES), ("dtype", spec.dtype, TOLERANCES)):
+    told = ("library", spec.library, LIBRARIES), ("dtype", spec.dtype, TOLERANCES), ("device", spec.device, DEVICES)
+    for name, value, known in told:
         if value is not None and value not in known:
             raise KeywordError(f"--{name} is {value!r}; it must be one of {', '.join(known)}.")
     if spec.launcher not in LAUNCHERS:

@@ -174,10 +174,15 @@ def attend(
 def audit(
     target: Annotated[str, typer.Argument(help="The function: package.module:function.", show_default=False)],
     signature: Annotated[
-        str, typer.Option(help="How it is called: ringcore, sdpa, flash-attn, jax, or a Python file that says.")
+        str, typer.Option(help="How it is called: ringcore, sdpa, flash-attn, jax, seed, or a Python file that says.")
     ] = "ringcore",
     ranks: Annotated[str, typer.Option(help="The ring sizes to ask about.")] = "1,2,3,4",
-    library: Annotated[str | None, typer.Option(help="numpy, torch or jax; the signature's if not given.")] = None,
+    library: Annotated[
+        str | None, typer.Option(help="numpy, torch, jax or cupy; the signature's if not given.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where arrays are: cpu or cuda; the library's if not given.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
     only: Annotated[str | None, typer.Option(help="Keywords to ask about, such as causal,window.")] = None,
     launcher: Annotated[
@@ -195,9 +200,9 @@ def audit(
     It runs in a process of its own. Status 0: right. 1: not.
     """
     from ringcore.cli.auditing import ring_sizes, run_audit
-    from ringcore.testing.auditing import Spec
+    from ringcore.testing.running import Spec
 
     names = tuple(only.split(",")) if only else ()
     sizes = ring_sizes(ranks)
-    spec = Spec(target, signature, sizes, library, dtype, names, gradients, deadline, launcher, length, layout)
+    spec = Spec(target, signature, sizes, library, dtype, names, gradients, deadline, launcher, length, layout, device)
     return run_audit(spec, json, html)

@@ -4,8 +4,9 @@ Needs NumPy: ``pip install "ringcore[numpy]"``.
 """
 
 from ringcore.testing.asking import Fault, Report, ask, check_attention, questions
+from ringcore.testing.dense import Answer, right
 from ringcore.testing.diagnosis import Diagnosis, Observation, diagnose
-from ringcore.testing.diseases import DISEASES, Answer, Disease, given_by, right
+from ringcore.testing.diseases import DISEASES, Disease, given_by
 from ringcore.testing.problem import Dealt, Problem, Question
 
 __all__ = [

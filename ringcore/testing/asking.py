@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ringcore.testing.diagnosis import Diagnosis, Observation, diagnose
-from ringcore.testing.diseases import right
+from ringcore.testing.dense import right, right_weights
+from ringcore.testing.diagnosis import Diagnosis, Observation, diagnose, growing
+from ringcore.testing.diseases import Disease
 from ringcore.testing.libraries import Library, library_of
-from ringcore.testing.problem import Bools, Dealt, Floats, Problem, Question
+from ringcore.testing.meaning import problem_of
+from ringcore.testing.problem import Dealt, Floats, Question
+from ringcore.testing.table import Shape, draw
 
 LENGTH, WIDTH = 22, 8  # a length that rings of 3 and 4 do not divide
-ACCEPTS = ("causal", "grouped", "window", "scale", "softcap", "mask", "documents", "sinks")
+ACCEPTS = (
+    "causal", "grouped", "window", "scale", "softcap", "mask", "bias", "documents", "key_lengths", "sinks", "alibi",
+    "prefix", "dilated",
+)  # fmt: skip
+ROWS = (
+    "causal", "window", "scale", "softcap", "mask for all", "bias", "documents", "key lengths", "sinks", "ALiBi",
+    "prefix, causal", "dilated, two branches",
+)  # fmt: skip
 SUMS = "v of ones, so that out is the sum of weights"
+WEIGHTS = "v of 0 and 1, so that out is the weights"
 TOLERANCES = {"float64": 1e-9, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+_TIMES = 2.0  # q as large as makes the weights of a row unlike each other
+
+
+HANG, ENDED, RAISED = "no answer in time", "the process ended", "raised"
+SHAPE, DTYPE, WRITTEN, UNSTEADY = "wrong shape", "wrong dtype", "inputs written to", "not the same twice"
+OTHER_RANKS = ", in a group of other ranks"  # of a question that was asked so
+
+ODD = Disease("odd rings wait for ever", "no answer on rings of an odd number of ranks alone")
+GLOBAL = Disease(
+    "a global rank used for a group's rank", "wrong in a group that is not all processes, and right in one"
+)
 
 
 @dataclass(frozen=True)
 class Fault:
     """What is wrong with one answer, apart from its numbers: on which question and ring, and what happened.
 
-    unanswered: whether there was none.
+    kind: HANG, ENDED, RAISED, SHAPE, DTYPE, WRITTEN or UNSTEADY. unanswered: whether there was no answer.
     """
 
     question: str
     size: int
     words: str
+    kind: str = RAISED
     unanswered: bool = False
 
 
@@ -38,7 +61,8 @@ class Report:
 
     asked: how many. errors: the largest difference of each result to what is right, over the largest number due, by
     (question, ring size, result). diagnoses: mistakes that explain them. faults: what else was wrong. sums: by
-    ring size, the sum of each row's weights, head by head, which is 1.
+    ring size, the sum of each row's weights, head by head, which is 1. weights: by ring size, those of the question
+    that reads them off [H, S, N]; due_weights: what they should be.
     """
 
     asked: int
@@ -46,6 +70,8 @@ class Report:
     diagnoses: tuple[Diagnosis, ...]
     faults: tuple[Fault, ...]
     sums: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    weights: dict[int, Floats] = field(default_factory=dict)
+    due_weights: Floats | None = None
 
     @property
     def right(self) -> bool:
@@ -56,11 +82,7 @@ class Report:
         if self.right:
             largest = max(self.errors.values(), default=0.0)
             return f"right in all {self.asked} answers; the largest error is {largest:.1e} of the largest number due"
-        lines = [
-            f"{each.disease.name}: {each.disease.evidence} ({', '.join(each.results)} on rings of "
-            f"{', '.join(map(str, each.sizes))}, off by up to {each.error:.2g} of the largest number due)"
-            for each in self.diagnoses
-        ]
+        lines = [str(each) for each in self.diagnoses]
         off = {size: each for size, each in self.sums.items() if not max(abs(x - 1) for x in each) < 0.01}
         if off:
             said = (f"{min(each):.3g} to {max(each):.3g} on a ring of {size}" for size, each in off.items())
@@ -69,47 +91,46 @@ class Report:
         return "\n".join(lines)
 
 
-def questions(accepts: Collection[str] = (), length: int = LENGTH, seed: int = 0) -> Iterator[Question]:
-    """What is asked of an implementation that takes these keywords beside q, k and v, about so many positions."""
-    rows, columns = np.arange(length)[:, None], np.arange(length)[None, :]
-    everything, causal = np.ones((length, length), bool), columns <= rows
-    documents = np.repeat([0, 1, 2], [length // 4, length // 2, length - length // 4 - length // 2])
-    hidden = everything.copy()
-    hidden[:, ::3] = False
-    hidden[4] = False
+def questions(
+    accepts: Collection[str] = (), length: int = LENGTH, dtype: str = "float32", seed: int = 0
+) -> Iterator[Question]:
+    """What is asked of an implementation that takes these keywords beside q, k and v, about so many positions.
 
-    yield Question("all keys", _problem(seed, everything))
-    plain = _problem(seed, everything)
-    yield Question(SUMS, replace(plain, v=np.ones_like(plain.v)))
-    if "causal" in accepts:
-        yield Question("causal", _problem(seed + 1, causal), {"causal": True})
+    Rows of the table that ringcore's own tests ask, and what reads off weights.
+    """
+    narrow, wide = (Shape(1, heads, 2, length, length, WIDTH, WIDTH) for heads in (2, 4))
+    masked = "causal" if "causal" in accepts else "plain"
+    plain = _drawn("plain", narrow, dtype, seed)
+    yield plain
+    yield replace(plain, name=SUMS, problem=replace(plain.problem, v=np.ones_like(plain.problem.v)))
+    for row in ROWS:
+        asked = _drawn(row, narrow, dtype, seed)
+        if needs(asked.keywords) <= set(accepts):
+            yield asked
     if "grouped" in accepts:
-        told = {"causal": True} if "causal" in accepts else {}
-        yield Question("grouped heads", _problem(seed + 2, causal if told else everything, heads=4), told)
-    if "window" in accepts:
-        near = (rows - columns <= 6) & (columns - rows <= 2)
-        yield Question("window", _problem(seed + 3, near), {"window": (6, 2)})
-    if "scale" in accepts:
-        yield Question("scale", _problem(seed + 4, everything, scale=0.9), {"scale": 0.9})
-    if "softcap" in accepts:
-        yield Question("softcap", _problem(seed + 5, everything, softcap=1.5), {"softcap": 1.5})
-    if "mask" in accepts:
-        yield Question("mask, and a query that sees nothing", _problem(seed + 6, hidden), {"mask": hidden})
-    if "documents" in accepts:
-        same = causal & (documents[:, None] == documents[None, :])
-        yield Question("documents", _problem(seed + 7, same), {"documents": documents, "causal": True})
-    if "sinks" in accepts:
-        sinks = np.array([2.0, -1.0])
-        yield Question("sinks", _problem(seed + 8, causal, sinks=sinks), {"sinks": sinks, "causal": True})
-    yield Question("large scores", _problem(seed + 9, everything, times=8.0))
+        yield replace(_drawn(masked, wide, dtype, seed + 1), name="grouped heads")
+    for times in (8.0, 128.0):
+        yield replace(_drawn("plain", narrow, dtype, seed + 2, times), name=f"scores {times:g} times as large")
+    seen = _drawn(masked, narrow, dtype, seed)
+    for first in range(0, length, WIDTH):
+        one = np.eye(length, WIDTH, -first)
+        v = np.broadcast_to(one, seen.problem.v.shape).copy()
+        name = f"{WEIGHTS} of keys {first} to {min(first + WIDTH, length) - 1}"
+        yield replace(seen, name=name, problem=replace(seen.problem, v=v))
 
 
-def _problem(
-    seed: int, sees: Bools, heads: int = 2, scale: float = WIDTH**-0.5, times: float = 2.0, **further: Any
-) -> Problem:
-    rng = np.random.default_rng(seed)
-    q, k, v, dout = (rng.standard_normal((1, h, sees.shape[0], WIDTH)) for h in (heads, 2, 2, heads))
-    return Problem(times * q, k, v, dout, scale, sees[None, None], **further)
+def needs(keywords: Mapping[str, Any]) -> set[str]:
+    """What an implementation must accept to be asked this, out of ACCEPTS."""
+    return {"dilated" if name in ("segment_lengths", "dilation_rates") else name for name in keywords}
+
+
+def _drawn(row: str, shape: Shape, dtype: str, seed: int, times: float = 1.0) -> Question:
+    arrays, keywords = draw(row, np.random.default_rng([seed, *map(ord, row)]), shape, dtype)
+    arrays["q"] = (arrays["q"] * (_TIMES * times)).astype(dtype)
+    arrays["dlse"] = np.zeros_like(arrays["dlse"])  # nobody is asked for lse
+    if not np.any(keywords.get("query_offset", 0)):
+        keywords.pop("query_offset", None)
+    return Question(row, problem_of(arrays, keywords), keywords)
 
 
 def check_attention(
@@ -150,10 +171,18 @@ def ask(
 
 
 def asked(
-    accepts: Collection[str], ring_sizes: Sequence[int], library: Library, length: int = LENGTH
+    accepts: Collection[str],
+    ring_sizes: Sequence[int],
+    library: Library,
+    length: int = LENGTH,
+    other_ranks: bool = False,
 ) -> list[tuple[Question, int]]:
-    """All questions, each with each ring size, in numbers that the library's dtype has."""
-    return [(question, size) for question in map(library.rounded, questions(accepts, length)) for size in ring_sizes]
+    """All questions, each with each ring size; to a group of ``other_ranks`` the one that is causal, or the first."""
+    whole = list(questions(accepts, length, library.dtype))
+    if other_ranks:
+        one = next((question for question in whole if question.name == "causal"), whole[0])
+        whole = [replace(one, name=one.name + OTHER_RANKS)]
+    return [(question, size) for question in whole for size in ring_sizes]
 
 
 def report_of(observations: Sequence[Observation], faults: Sequence[Fault], dtype: str) -> Report:
@@ -163,13 +192,51 @@ def report_of(observations: Sequence[Observation], faults: Sequence[Fault], dtyp
         for each in observations
         for result, error in each.differences(right(each.problem)).items()
     }
+    count = len(observations) + sum(fault.unanswered for fault in faults)
+    ordinary = [each for each in observations if not each.name.endswith(OTHER_RANKS)]
+    diagnoses = diagnose(ordinary, TOLERANCES[dtype])
+    if dtype in ("float16", "bfloat16") and not diagnoses:
+        diagnoses = growing(ordinary)
+    if not diagnoses:
+        diagnoses = _among_other_ranks(observations, faults, dtype)
+    diagnoses += _odd(ordinary, faults)
     sums = {
         each.dealt.size: tuple(each.given["out"].mean(-1).ravel().tolist())
         for each in observations
         if each.name == SUMS and "out" in each.given
     }
-    count = len(observations) + sum(fault.unanswered for fault in faults)
-    return Report(count, errors, tuple(diagnose(observations, TOLERANCES[dtype])), tuple(faults), sums)
+    read = next((each for each in ordinary if each.name.startswith(WEIGHTS)), None)
+    due_weights = None if read is None else right_weights(read.problem)[0]
+    return Report(count, errors, tuple(diagnoses), tuple(faults), sums, _weights(ordinary), due_weights)
+
+
+def _weights(observations: Sequence[Observation]) -> dict[int, Floats]:
+    """The weights that were read off, of ring sizes where all of them were."""
+    parts = dict[int, list[Floats]]()
+    for each in observations:
+        if each.name.startswith(WEIGHTS) and "out" in each.given:
+            parts.setdefault(each.dealt.size, []).append(each.given["out"][0])
+    keys = next((each.problem.positions for each in observations), 0)
+    found = {size: np.concatenate(some, axis=-1)[..., :keys] for size, some in parts.items()}
+    return {size: each for size, each in found.items() if each.shape[-1] == keys}
+
+
+def _odd(observations: Sequence[Observation], faults: Sequence[Fault]) -> list[Diagnosis]:
+    """Whether rings of an odd size alone hang."""
+    hung = tuple(sorted({fault.size for fault in faults if fault.kind == HANG}))
+    answered = {each.dealt.size for each in observations}
+    even = any(size % 2 == 0 for size in answered)
+    return [Diagnosis(ODD, hung)] if hung and even and all(size % 2 for size in hung) and not {*hung} & answered else []
+
+
+def _among_other_ranks(observations: Sequence[Observation], faults: Sequence[Fault], dtype: str) -> list[Diagnosis]:
+    """Whether it fails where the ranks of its group are not those of all processes, and only there."""
+    there = [each for each in observations if each.name.endswith(OTHER_RANKS)]
+    wrong = {each.dealt.size for each in there if diagnose([each], TOLERANCES[dtype])}
+    wrong |= {fault.size for fault in faults if fault.question.endswith(OTHER_RANKS)}
+    elsewhere = {fault.size for fault in faults if not fault.question.endswith(OTHER_RANKS)}
+    told = tuple(sorted(wrong - elsewhere))
+    return [Diagnosis(GLOBAL, told)] if told else []
 
 
 def answer(
@@ -177,15 +244,13 @@ def answer(
 ) -> dict[str, Floats] | None:
     """What came, as float64; None if nothing did. What is wrong with it but its numbers goes to ``faults``."""
 
-    def wrong(words: str, unanswered: bool = False) -> None:
-        faults.append(Fault(question.name, size, words, unanswered))
+    def wrong(kind: str, words: str, unanswered: bool = False) -> None:
+        faults.append(Fault(question.name, size, words, kind, unanswered))
 
     problem = question.problem
-    arrays = [library.make(x) for x in (problem.q, problem.k, problem.v)]
-    keywords = {
-        name: library.make(x) if name == "sinks" else library.plain(x) if name == "mask" else x
-        for name, x in question.keywords.items()
-    }
+    before = problem.q, *(x[:, :, problem.before :] for x in (problem.k, problem.v))  # a prefix is a keyword
+    arrays = [library.make(x) for x in before]
+    keywords = {name: _made(name, x, library) for name, x in question.keywords.items()}
     try:
         # Twice in the same way: a function that is differentiated may round otherwise than one that is not.
         given, again = (
@@ -193,20 +258,29 @@ def answer(
             for _ in range(2)
         )
     except Exception as error:  # theirs, whatever it is: the next question is asked all the same
-        wrong(f"raised {type(error).__name__}: {error}", unanswered=True)
+        wrong(RAISED, f"raised {type(error).__name__}: {error}", unanswered=True)
         return None
     found = {}
     for name, x in given.items():
-        due = problem.dout if name == "out" else getattr(problem, name[1:])
-        if tuple(x.shape) != due.shape:
-            wrong(f"{name} has shape {tuple(x.shape)}, due is {due.shape}")
+        due = problem.dout.shape if name == "out" else before["qkv".index(name[1:])].shape
+        if tuple(x.shape) != due:
+            wrong(SHAPE, f"{name} has shape {tuple(x.shape)}, due is {due}")
         elif library.dtype_of(x) != library.dtype:
-            wrong(f"{name} is {library.dtype_of(x)}, the arrays given were {library.dtype}")
+            wrong(DTYPE, f"{name} is {library.dtype_of(x)}, the arrays given were {library.dtype}")
         else:
             found[name] = library.back(x)
-    for name, x, before in zip("qkv", arrays, (problem.q, problem.k, problem.v), strict=True):
-        if not np.array_equal(library.back(x), before):
-            wrong(f"{name} was written to")
+    for name, x, due in zip("qkv", arrays, before, strict=True):
+        if not np.array_equal(library.back(x), due):
+            wrong(WRITTEN, f"{name} was written to")
     if "out" in found and not np.array_equal(found["out"], library.back(again["out"]), equal_nan=True):
-        wrong("the same call gave other numbers the second time")
+        wrong(UNSTEADY, "the same call gave other numbers the second time")
     return found
+
+
+def _made(name: str, x: Any, library: Library) -> Any:
+    """A keyword's value as the library has it."""
+    if name == "prefix":
+        return tuple(library.make(each.astype(np.float64)) for each in x)
+    if name in ("sinks", "bias", "alibi"):
+        return library.make(x.astype(np.float64))
+    return library.plain(x) if name == "mask" else x

@@ -2,63 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ringcore.errors import MissingDependency
 from ringcore.layout import resolve_layout
-from ringcore.testing.asking import LENGTH, Fault, Report, asked, report_of
+from ringcore.testing.asking import ENDED, HANG, OTHER_RANKS, Fault, Report, asked, report_of
 from ringcore.testing.diagnosis import NAMES, Observation
 from ringcore.testing.libraries import library_of
 from ringcore.testing.problem import Dealt, Floats
-
-LAUNCHERS = ("local", "mpiexec", "torchrun")
-_ERROR = re.compile(r"(\[rank\d+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Exit|Dependency)\b")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is audited.
-
-    target: package.module:function. signature: see `ringcore.testing.signatures.attention_of`. library, accepts: in
-    place of the signature's. deadline: seconds for each answer, and for the import. launcher: one of LAUNCHERS; under
-    "mpiexec" and "torchrun" each rank is given its shards by ``layout`` of sequences of ``length`` positions.
-    """
-
-    target: str
-    signature: str = "ringcore"
-    ring_sizes: tuple[int, ...] = (1, 2, 3, 4)
-    library: str | None = None
-    dtype: str = "float32"
-    accepts: tuple[str, ...] = ()
-    gradients: bool = True
-    deadline: float = 60.0
-    launcher: str = "local"
-    length: int = LENGTH
-    layout: str = "contiguous"
+from ringcore.testing.running import Spec, read, run_worker
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What came of it. accepts, library: what was asked with; none if the function was never there to be asked."""
+    """What came of it.
+
+    accepts, library: what was asked with; none if the function was never there to be asked. versions: of what it came
+    from, and of the libraries beneath.
+    """
 
     spec: Spec
     report: Report
     accepts: tuple[str, ...] = ()
     library: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """All that it says, for machines."""
@@ -66,8 +38,9 @@ class Audit:
         return {
             "target": self.spec.target, "signature": self.spec.signature, "library": self.library,
             "launcher": self.spec.launcher, "layout": self.spec.layout, "length": self.spec.length,
-            "dtype": self.spec.dtype, "accepts": list(self.accepts), "ring_sizes": list(self.spec.ring_sizes),
-            "right": report.right, "asked": report.asked,
+            "dtype": self.spec.dtype, "device": self.spec.device, "accepts": list(self.accepts),
+            "ring_sizes": list(self.spec.ring_sizes), "versions": self.versions, "right": report.right,
+            "asked": report.asked,
             "diagnoses": [
                 {
                     "name": each.disease.name, "evidence": each.disease.evidence, "results": list(each.results),
@@ -76,12 +49,14 @@ class Audit:
                 for each in report.diagnoses
             ],
             "faults": [
-                {"question": each.question, "ring_size": each.size, "what": each.words} for each in report.faults
+                {"question": each.question, "ring_size": each.size, "kind": each.kind, "what": each.words}
+                for each in report.faults
             ],
             "sums_of_weights": [
                 {"ring_size": size, "least": min(rows), "largest": max(rows), "rows": list(rows)}
                 for size, rows in report.sums.items()
             ],
+            "weights": [{"ring_size": size, "heads": each.tolist()} for size, each in report.weights.items()],
             "errors": [
                 {"question": question, "ring_size": size, "result": result, "error": error}
                 for (question, size, result), error in report.errors.items()
@@ -94,92 +69,65 @@ def audit(spec: Spec) -> Audit:
     rings = [spec.ring_sizes] if spec.launcher == "local" else [(size,) for size in spec.ring_sizes]
     observations, faults, known = list[Observation](), list[Fault](), dict[str, Any]()
     for sizes in rings:
-        with tempfile.TemporaryDirectory() as name:
-            found = _asked(replace(spec, ring_sizes=sizes), Path(name))
+        found = _found(replace(spec, ring_sizes=sizes))
         if isinstance(found, str):
-            faults.append(Fault("to be imported", sizes[0], found, unanswered=True))
+            faults.append(Fault("to be imported", sizes[0], found, ENDED, unanswered=True))
             break
         observations += found[0]
         faults += found[1]
         known = found[2]
+    if spec.launcher != "local" and known.get("joins") and not faults:
+        # In a group whose ranks are not those of all processes, which some forget to tell apart.
+        found = _found(replace(spec, ring_sizes=(max(spec.ring_sizes),), strangers=1))
+        if isinstance(found, str):
+            faults.append(Fault(f"to be imported{OTHER_RANKS}", max(spec.ring_sizes), found, ENDED, unanswered=True))
+        else:
+            observations += found[0]
+            faults += found[1]
     report = report_of(observations, faults, spec.dtype)
-    return Audit(spec, report, tuple(known.get("accepts", ())), known.get("library", ""))
+    return Audit(spec, report, tuple(known.get("accepts", ())), known.get("library", ""), known.get("versions", {}))
+
+
+def _found(spec: Spec) -> tuple[list[Observation], list[Fault], dict[str, Any]] | str:
+    with tempfile.TemporaryDirectory() as name:
+        return _asked(spec, Path(name))
 
 
 def _asked(spec: Spec, folder: Path) -> tuple[list[Observation], list[Fault], dict[str, Any]] | str:
-    """The answers, what is wrong beside them, and what was asked with; or why there was nothing to ask."""
-    ended, first = dict[int, str](), 0
+    """The answers, what is wrong beside them, and what was asked with; or why there was nothing to ask.
+
+    A ring that hangs on two questions in turn is asked no more.
+    """
+    ended, first, hung = dict[int, tuple[str, str]](), 0, Counter[int]()
     while True:
-        why = _run(spec, first, folder)
-        known, begun = _read(folder / "asked.json"), _read(folder / "begun.json")
+        given_up = [size for size, times in hung.items() if times > 1]
+        why = run_worker(spec, first, given_up, folder)
+        known, begun = read(folder / "asked.json"), read(folder / "begun.json")
         if known is None:
-            return why or "it said nothing"
+            return why[0] if why else "it said nothing"
         if why is None:
-            return *_collected(spec, folder, known, ended), known
+            return *_collected(spec, folder, known, ended, given_up), known
         if begun is None:
-            return why
+            return why[0]
         number = max(first, begun["number"])
         ended[number] = why
+        hung[begun["size"]] += why[1] == HANG
         first = number + 1
 
 
-def _run(spec: Spec, first: int, folder: Path) -> str | None:
-    """Run a worker to its end; what ended it before it had asked all, or None."""
-    path, said = folder / "spec.json", folder / "said.txt"
-    path.write_text(json.dumps({**asdict(spec), "first": first}))
-    with said.open("wb") as output:
-        process = subprocess.Popen(
-            [*_launch(spec), "-m", "ringcore.testing.worker", str(path), str(folder)], stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        seen, since = _progress(folder), time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.02)
-            now = _progress(folder)
-            if now != seen:
-                seen, since = now, time.monotonic()
-            elif time.monotonic() - since > spec.deadline:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return f"no answer within {spec.deadline:g} s"
-    ranks = 1 if spec.launcher == "local" else spec.ring_sizes[0]
-    if process.returncode == 0 and len(list(folder.glob("done.*.json"))) == ranks:
-        return None
-    lines = said.read_text(errors="replace").strip().splitlines()
-    # The first error of those of all ranks and of the launcher, which only says that some failed.
-    telling = next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
-    words = f"; it said: {telling}" if telling else ""
-    return f"the process ended with status {process.returncode}{words}"
-
-
-def _launch(spec: Spec) -> list[str]:
-    """The start of a command that runs a module in as many processes as are asked."""
-    count = str(spec.ring_sizes[0])
-    if spec.launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-    if spec.launcher == "local":
-        return [sys.executable]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    found = shutil.which("mpiexec", path=path)
-    if found is None:
-        raise MissingDependency('there is no mpiexec: pip install "ringcore[mpich]", or load the MPI of this machine.')
-    return [found, "-n", count, sys.executable]
-
-
-def _progress(folder: Path) -> tuple[int, float]:
-    begun = folder / "begun.json"
-    return len(list(folder.iterdir())), begun.stat().st_mtime if begun.exists() else 0.0
-
-
 def _collected(
-    spec: Spec, folder: Path, known: dict[str, Any], ended: dict[int, str]
+    spec: Spec, folder: Path, known: dict[str, Any], ended: dict[int, tuple[str, str]], given_up: list[int]
 ) -> tuple[list[Observation], list[Fault]]:
-    made, launched = library_of(known["library"], spec.dtype), spec.launcher != "local"
+    made, launched = library_of(known["library"], spec.dtype, spec.device), spec.launcher != "local"
     observations, faults = list[Observation](), list[Fault]()
-    for number, (question, size) in enumerate(asked(known["accepts"], spec.ring_sizes, made, spec.length)):
+    for number, (question, size) in enumerate(
+        asked(known["accepts"], spec.ring_sizes, made, spec.length, bool(spec.strangers))
+    ):
         if number in ended:
-            faults.append(Fault(question.name, size, ended[number], unanswered=True))
+            faults.append(Fault(question.name, size, *ended[number], True))
+            continue
+        if size in given_up and not (folder / f"{number}.0.json").exists():
+            faults.append(Fault(question.name, size, "not asked, after two questions without an answer", HANG))
             continue
         dealt = Dealt.contiguous(spec.length, spec.length, size)
         if launched:
@@ -187,8 +135,8 @@ def _collected(
         parts = []
         for rank in range(size if launched else 1):
             where = f"rank {rank}: " if launched else ""
-            for words, unanswered in _read(folder / f"{number}.{rank}.json") or []:
-                faults.append(Fault(question.name, size, where + words, unanswered and not rank))
+            for words, kind, unanswered in read(folder / f"{number}.{rank}.json") or []:
+                faults.append(Fault(question.name, size, where + words, kind, unanswered and not rank))
             path = folder / f"{number}.{rank}.npz"
             if path.exists():
                 with np.load(path) as given:
@@ -209,7 +157,3 @@ def _joined(parts: list[dict[str, Floats]], dealt: Dealt) -> dict[str, Floats]:
         order = np.argsort([position for rank in positions for position in rank])
         found[name] = np.concatenate([part[name] for part in parts], axis=2)[:, :, order]
     return found
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None

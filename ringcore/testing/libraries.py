@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ringcore.testing.problem import Floats, Question
+from ringcore.testing.problem import Floats
 
 GRADIENTS = ("dq", "dk", "dv")
 
 
 class Library:
-    """NumPy, which has no gradients."""
+    """NumPy, which has no gradients.
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
+    devices: where its arrays may be, the first if nothing is said.
+    """
+
+    devices: tuple[str, ...] = ("cpu",)
+
+    def __init__(self, dtype: str, device: str) -> None:
+        self.dtype, self.device = dtype, device
 
     def make(self, x: Floats) -> Any:
         """An array of this library in the dtype that is asked about."""
@@ -35,31 +39,27 @@ class Library:
         """The bare name of its dtype."""
         return str(x.dtype).rpartition(".")[2]
 
-    def rounded(self, question: Question) -> Question:
-        """The question with numbers that the dtype has, so that rounding them is no mistake."""
-        names = "q", "k", "v", "dout"
-        numbers: dict[str, Any] = {name: self.back(self.make(getattr(question.problem, name))) for name in names}
-        return replace(question, problem=replace(question.problem, **numbers))
-
     def call(self, attention: Callable[..., Any], arrays: list[Any], dout: Floats | None, **keywords: Any) -> Any:
         """out, and with ``dout`` the gradients if the library makes any, by name."""
         return {"out": _first(attention(*arrays, **keywords))}
 
 
 class Torch(Library):
-    """Torch's tensors on the CPU, and autograd."""
+    """Torch's tensors, and autograd."""
+
+    devices = "cpu", "cuda"
 
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, self.dtype))
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, getattr(torch, self.dtype))
 
     def plain(self, x: Any) -> Any:
         """As `Library.plain`."""
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x))
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
     def back(self, x: Any) -> Floats:
         """As `Library.back`."""
@@ -73,18 +73,20 @@ class Torch(Library):
             return super().call(attention, arrays, dout, **keywords)
         leaves = [x.detach().requires_grad_() for x in arrays]
         out = _first(attention(*leaves, **keywords))
-        found = torch.autograd.grad(out, leaves, self.make(dout))
+        found = torch.autograd.grad(out, leaves, self.make(dout), allow_unused=True, materialize_grads=True)
         return {"out": out.detach(), **dict(zip(GRADIENTS, found, strict=True))}
 
 
 class Jax(Library):
     """JAX's arrays, and its vector-Jacobian products."""
 
+    devices = "cpu", "cuda"
+
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""
-        import jax.numpy as jnp
+        import jax
 
-        return jnp.asarray(x, dtype=self.dtype)
+        return jax.numpy.asarray(x, dtype=self.dtype, device=jax.devices(self.device)[0])
 
     def call(self, attention: Callable[..., Any], arrays: list[Any], dout: Floats | None, **keywords: Any) -> Any:
         """As `Library.call`."""
@@ -96,14 +98,42 @@ class Jax(Library):
         return {"out": out, **dict(zip(GRADIENTS, pull_back(self.make(dout)), strict=True))}
 
 
-LIBRARIES = {"numpy": Library, "torch": Torch, "jax": Jax}
+class CuPy(Library):
+    """CuPy's arrays, which have no gradients."""
+
+    devices = ("cuda",)
+
+    def make(self, x: Floats) -> Any:
+        """As `Library.make`."""
+        import cupy
+
+        return cupy.asarray(x.astype(self.dtype))
+
+    def plain(self, x: Any) -> Any:
+        """As `Library.plain`."""
+        import cupy
+
+        return cupy.asarray(x)
+
+    def back(self, x: Any) -> Floats:
+        """As `Library.back`."""
+        import cupy
+
+        return np.asarray(cupy.asnumpy(x)).astype(np.float64)
 
 
-def library_of(name: str, dtype: str) -> Library:
-    """The library of this name. Raises ValueError for one that is not known."""
+LIBRARIES = {"numpy": Library, "torch": Torch, "jax": Jax, "cupy": CuPy}
+DEVICES = "cpu", "cuda"
+
+
+def library_of(name: str, dtype: str, device: str | None = None) -> Library:
+    """The library of this name. Raises ValueError for one that is not known, or is not on that device."""
     if name not in LIBRARIES:
         raise ValueError(f"library is {name!r}; it must be one of {', '.join(LIBRARIES)}.")
-    return LIBRARIES[name](dtype)
+    kind = LIBRARIES[name]
+    if device is not None and device not in kind.devices:
+        raise ValueError(f"device is {device!r}; arrays of {name} are on {' or '.join(kind.devices)}.")
+    return kind(dtype, device or kind.devices[0])
 
 
 def _first(result: Any) -> Any:

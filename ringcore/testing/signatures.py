@@ -8,7 +8,7 @@ import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ringcore.testing.asking import ACCEPTS
 
@@ -20,29 +20,38 @@ class Signature:
     """How functions of a kind are called.
 
     keywords: what each of ACCEPTS is called there. library: whose arrays they take. sequence_first: whether arrays are
-    [B, S, H, D]. broad_mask: whether masks have four axes, [B, H, S, N].
+    [B, S, H, D]. broad_mask: whether masks have four axes, [B, H, S, N]. grouped: whether key heads may be fewer.
     """
 
     keywords: dict[str, str]
     library: str
     sequence_first: bool = False
     broad_mask: bool = False
+    grouped: bool = True
 
 
 SIGNATURES = {
-    "ringcore": Signature({name: name for name in ACCEPTS if name != "grouped"}, "numpy"),
-    "sdpa": Signature({"causal": "is_causal", "scale": "scale", "mask": "attn_mask"}, "torch"),
+    "ringcore": Signature({name: name for name in ACCEPTS if name not in ("grouped", "dilated")}, "numpy"),
+    "sdpa": Signature({"causal": "is_causal", "scale": "scale", "mask": "attn_mask", "bias": "attn_mask"}, "torch"),
     "flash-attn": Signature(
-        {"causal": "causal", "window": "window_size", "scale": "softmax_scale", "softcap": "softcap"},
+        {
+            "causal": "causal",
+            "window": "window_size",
+            "scale": "softmax_scale",
+            "softcap": "softcap",
+            "alibi": "alibi_slopes",
+        },
         "torch",
         sequence_first=True,
     ),
     "jax": Signature(
-        {"causal": "is_causal", "window": "local_window_size", "scale": "scale", "mask": "mask"},
+        {"causal": "is_causal", "window": "local_window_size", "scale": "scale", "mask": "mask", "bias": "bias"},
         "jax",
         sequence_first=True,
         broad_mask=True,
     ),
+    # The function of the report that ringcore began with: (q, k, v, ring_size), [B, S, H, D].
+    "seed": Signature({"causal": "causal"}, "torch", sequence_first=True, grouped=False),
 }
 _RING, _GROUPED = "ring_size", "enable_gqa"
 _JOINED = "ring", "group", "process_group", "comm"
@@ -61,8 +70,20 @@ def load(target: str) -> Attention:
     return found  # type: ignore[no-any-return]
 
 
-def attention_of(function: Attention, signature: str, ring: Any = None) -> tuple[Attention, tuple[str, ...], str]:
-    """The function as attention that is asked, what it accepts, and the library of its arrays.
+class Means(NamedTuple):
+    """A function as attention that is asked.
+
+    accepts: of ACCEPTS, what it takes. library: whose arrays. joins: whether it takes what joins several processes.
+    """
+
+    attention: Attention
+    accepts: tuple[str, ...]
+    library: str
+    joins: bool
+
+
+def attention_of(function: Attention, signature: str, ring: Any = None) -> Means:
+    """The function as attention that is asked, by what its signature means.
 
     signature: one of SIGNATURES, or a Python file with ``attention(function, q, k, v, *, ring_size, **keywords)``,
     ``ACCEPTS`` and ``LIBRARY``. ring: what joins the processes, where several are asked together: the function
@@ -75,12 +96,13 @@ def attention_of(function: Attention, signature: str, ring: Any = None) -> tuple
         def custom(*arrays: Any, **keywords: Any) -> Any:
             return own(function, *arrays, **keywords, **together)
 
-        return custom, tuple(told["ACCEPTS"]), told["LIBRARY"]
+        return Means(custom, tuple(told["ACCEPTS"]), told["LIBRARY"], "ring" in inspect.signature(own).parameters)
     kind = SIGNATURES[signature]
     takes = _parameters(function)
     accepts = tuple(name for name, theirs in kind.keywords.items() if takes(theirs))
-    if signature != "sdpa" or takes(_GROUPED):
+    if kind.grouped and (signature != "sdpa" or takes(_GROUPED)):
         accepts = (*accepts, "grouped")
+    joined = next((name for name in _JOINED if takes(name)), None)
 
     def attention(q: Any, k: Any, v: Any, *, ring_size: int, **keywords: Any) -> Any:
         named = {kind.keywords[name]: x for name, x in keywords.items()}
@@ -88,8 +110,8 @@ def attention_of(function: Attention, signature: str, ring: Any = None) -> tuple
             named[kind.keywords["mask"]] = keywords["mask"][None, None]
         if ring is None and takes(_RING):
             named[_RING] = ring_size
-        if ring is not None:
-            named |= dict.fromkeys([name for name in _JOINED if takes(name)][:1], ring)
+        if ring is not None and joined is not None:
+            named[joined] = ring
         if signature == "sdpa" and q.shape[1] != k.shape[1]:
             named[_GROUPED] = True
         if not kind.sequence_first:
@@ -97,7 +119,7 @@ def attention_of(function: Attention, signature: str, ring: Any = None) -> tuple
         result = function(*(x.swapaxes(1, 2) for x in (q, k, v)), **named)
         return (result[0] if isinstance(result, tuple) else result).swapaxes(1, 2)
 
-    return attention, accepts, kind.library
+    return Means(attention, accepts, kind.library, joined is not None)
 
 
 def _parameters(function: Attention) -> Callable[[str], bool]:

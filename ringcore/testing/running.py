@@ -1,0 +1,124 @@
+"""Workers: processes that ask one implementation, started, watched, and ended when they do not answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ringcore.errors import MissingDependency
+from ringcore.testing.asking import ENDED, HANG, LENGTH
+
+LAUNCHERS = ("local", "mpiexec", "torchrun")
+_FRAME = re.compile(r'File "(.*)", line (\d+) in (\S+)')
+_ERROR = re.compile(r"(\[rank\d+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Exit|Dependency)\b")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is audited.
+
+    target: package.module:function. signature: see `ringcore.testing.signatures.attention_of`. library, accepts: in
+    place of the signature's. deadline: seconds for each answer, and for the import. launcher: one of LAUNCHERS; under
+    "mpiexec" and "torchrun" each rank is given its shards by ``layout`` of sequences of ``length`` positions. device:
+    where arrays are, "cpu" or "cuda"; the library's own if not given. strangers: so many processes more, before those
+    of the ring.
+    """
+
+    target: str
+    signature: str = "ringcore"
+    ring_sizes: tuple[int, ...] = (1, 2, 3, 4)
+    library: str | None = None
+    dtype: str = "float32"
+    accepts: tuple[str, ...] = ()
+    gradients: bool = True
+    deadline: float = 60.0
+    launcher: str = "local"
+    length: int = LENGTH
+    layout: str = "contiguous"
+    device: str | None = None
+    strangers: int = 0
+
+
+def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tuple[str, str] | None:
+    """Run a worker to its end; what ended it before it had asked all, in words and as a kind of fault, or None.
+
+    It begins with question ``first``; rings of the sizes in ``given_up`` are not asked.
+    """
+    path, said = folder / "spec.json", folder / "said.txt"
+    path.write_text(json.dumps({**asdict(spec), "first": first, "given_up": given_up}))
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            [*_launch(spec), "-m", "ringcore.testing.worker", str(path), str(folder)], stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        seen, since = _progress(folder), time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.02)
+            now = _progress(folder)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > spec.deadline:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return f"no answer within {spec.deadline:g} s{_whereabouts(spec, folder)}", HANG
+    if process.returncode == 0 and len(list(folder.glob("done.*.json"))) == _ranks(spec):
+        return None
+    lines = said.read_text(errors="replace").strip().splitlines()
+    # The first error of those of all ranks and of the launcher, which only says that some failed.
+    telling = next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
+    words = f"; it said: {telling}" if telling else ""
+    return f"the process ended with status {process.returncode}{words}", ENDED
+
+
+def _ranks(spec: Spec) -> int:
+    return 1 if spec.launcher == "local" else spec.ring_sizes[0]
+
+
+def _whereabouts(spec: Spec, folder: Path) -> str:
+    """Where each rank was when the deadline came near: its innermost line, or that it had answered."""
+    begun, found = read(folder / "begun.json"), []
+    for rank in range(_ranks(spec)):
+        stuck = folder / f"stuck.{rank}.txt"
+        frames = _FRAME.findall(stuck.read_text().rpartition("Thread 0x")[2]) if stuck.exists() else []
+        who = "it" if spec.launcher == "local" else f"rank {rank}"
+        if begun and (folder / f"{begun['number']}.{rank}.json").exists():
+            found.append(f"{who} answered")
+        elif frames:  # of its last thread, which is the main one, the innermost first
+            file, line, name = frames[0]
+            found.append(f"{who} was at {Path(file).name}:{line}, in {name}")
+    return f": {'; '.join(found)}" if found else ""
+
+
+def _launch(spec: Spec) -> list[str]:
+    """The start of a command that runs a module in as many processes as are asked."""
+    count = str(spec.strangers + spec.ring_sizes[0])
+    if spec.launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+    if spec.launcher == "local":
+        return [sys.executable]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which("mpiexec", path=path)
+    if found is None:
+        raise MissingDependency('there is no mpiexec: pip install "ringcore[mpich]", or load the MPI of this machine.')
+    return [found, "-n", count, sys.executable]
+
+
+def _progress(folder: Path) -> tuple[int, float]:
+    begun = folder / "begun.json"
+    return len(list(folder.iterdir())), begun.stat().st_mtime if begun.exists() else 0.0
+
+
+def read(path: Path) -> Any:
+    """What a worker wrote, None if it did not."""
+    return json.loads(path.read_text()) if path.exists() else None
