@@ -9,7 +9,7 @@ from given import torch
 import ringcore
 from ringcore.testing import ask, check_attention
 from ringcore.testing.asking import ACCEPTS
-from ringcore.testing.signatures import attention_of
+from ringcore.testing.signatures import attention_of, signature_of
 
 ALL = tuple(name for name in ACCEPTS if name != "dilated")
 
@@ -111,7 +111,7 @@ def test_jax_right_and_wrong_with_gradients():
 
 def test_jax_dot_product_attention_by_its_signature():
     jax = pytest.importorskip("jax")
-    attention, accepts, library = attention_of(jax.nn.dot_product_attention, "jax")
+    attention, accepts, library, _ = attention_of(jax.nn.dot_product_attention, signature_of("jax"))
     assert (set(accepts), library) == ({"causal", "grouped", "window", "scale", "mask"}, "jax")
     found = ask(attention, accepts=accepts, library=library, ring_sizes=(1,))
     assert [each.disease.name for each in found.diagnoses] == ["a finite sentinel for hidden keys"]

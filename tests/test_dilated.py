@@ -9,7 +9,7 @@ from ringcore import KeywordError, ShapeError, dilated_attention, dilated_attent
 from ringcore.balance import lightest, pairs
 from ringcore.dilation import Dilation
 from ringcore.schedule import ring_plans
-from ringcore.testing.meaning import kept_pairs, multiplicity
+from ringcore.testing import meaning
 from ringcore.tiling import Visibility
 
 RIGHT = {"segment_lengths": (4, 6), "dilation_rates": (1, 2)}
@@ -101,8 +101,8 @@ def test_dropout_takes_a_pair_away_in_every_branch_that_shows_it(head_offset):
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((2, 5, 24, 4)) for _ in range(3))
     branches = {"segment_lengths": [8, 12, 24], "dilation_rates": [1, 2, 3], "head_offset": head_offset}
-    kept = kept_pairs(0.4, 6, 2, 5, np.tile(np.arange(24), (2, 1)), np.arange(24))
-    power = multiplicity(5, 24, branches) * np.exp(np.einsum("bhsd,bhtd->bhst", q, k) / 2)
+    kept = meaning.kept_pairs(0.4, 6, 2, 5, np.tile(np.arange(24), (2, 1)), np.arange(24))
+    power = sum(meaning.branches(5, 24, branches)) * np.exp(np.einsum("bhsd,bhtd->bhst", q, k) / 2)
     due = (power / power.sum(-1, keepdims=True) * kept) @ v
     out = dilated_attention(q, k, v, **branches, dropout=0.4, dropout_seed=6, ring_size=2)
     np.testing.assert_allclose(out, due, atol=1e-12)

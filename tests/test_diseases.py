@@ -14,7 +14,7 @@ from ringcore.testing.dense import lse_of, softmax
 from ringcore.testing.diagnosis import GROWING, NAMES, UNKNOWN, growing
 from ringcore.testing.wrong_weights import hops
 
-IN_BACKWARD = "stale", "lse of a hop", "out of a hop", "lse and out", "no delta", "dk and dv"
+IN_BACKWARD = "stale", "lse of a hop", "out of a hop", "lse and out", "no delta", "no gradient", "dk and dv"
 
 QUESTIONS = list(questions(ACCEPTS))
 LENGTH = QUESTIONS[0].problem.positions

@@ -104,7 +104,8 @@ def questions(
     yield plain
     yield replace(plain, name=SUMS, problem=replace(plain.problem, v=np.ones_like(plain.problem.v)))
     for row in ROWS:
-        asked = _drawn(row, narrow, dtype, seed)
+        # Dilated attention tells heads apart by their number, and is rarely of grouped ones.
+        asked = _drawn(row, replace(wide, key_heads=4) if row.startswith("dilated") else narrow, dtype, seed)
         if needs(asked.keywords) <= set(accepts):
             yield asked
     if "grouped" in accepts:

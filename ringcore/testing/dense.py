@@ -17,7 +17,7 @@ class Answer:
     None is unknown.
     """
 
-    out: Floats
+    out: Floats | None
     dq: Floats | None
     dk: Floats | None
     dv: Floats | None

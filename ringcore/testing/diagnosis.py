@@ -158,6 +158,9 @@ def _fit(
     for each in observations:
         due, allowed = foretold(disease, each.problem, each.dealt), tolerance * each.allowance
         told = {name: x for name in each.given if (x := getattr(due, name)) is not None}
+        if not told:  # nothing is known of what it gives here
+            found.touched.add(id(each))
+            continue
         effects = list(replace(each, given=told).differences(right_answers[id(each.problem)]).values())
         if disease.weights is not None:  # which may be wrong where out is not: where all rows of v are alike
             there = disease.weights(each.problem, each.dealt)

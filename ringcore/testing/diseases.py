@@ -100,6 +100,16 @@ DISEASES = (
         weights.diagonal(weights.stripes_off_by_one),
     ),
     Disease(
+        "a causal diagonal one shard too short",
+        "no query sees keys of its own rank, nor all of those before",
+        weights.diagonal(weights.short_by_a_shard),
+    ),
+    Disease(
+        "where a chunk begins is added, not subtracted",
+        "later chunks are seen by queries before them",
+        weights.diagonal(weights.offset_added),
+    ),
+    Disease(
         "the window passed unchanged to each hop",
         "places within shards are compared, not positions",
         weights.window_of_each_hop,
@@ -159,6 +169,19 @@ DISEASES = (
     Disease("sinks counted once for each hop", "weights sum to less than with one sink", weights.sink_of_each_hop),
     Disease("prefix ignored", "weights are those without it", weights.prefixless),
     Disease("a prefix counted once for each rank", "keys of a prefix weigh too much", weights.prefix_of_each_rank),
+    Disease("all heads taken for one", "all heads have the same weights", weights.heads_as_one),
+    Disease("heads taken for positions", "each position attends to its own heads alone", answer=answers.heads_attended),
+    Disease(
+        "offsets of dilated attention by blocks of heads",
+        "head h has the offset h // ceil(H / r), not h mod r",
+        weights.blocks_of_heads,
+    ),
+    Disease("branches of dilated attention averaged", "each branch has the same share", weights.branches_averaged),
+    Disease(
+        "no gradient through the mixture of branches",
+        "dq and dk are those of branches with constant shares",
+        answer=answers.mixture_kept_constant,
+    ),
     Disease("grouped heads in the wrong order", "query head h reads key head h % Hk", answer=answers.heads_turned),
     Disease(
         "stale k and v in backward: a rank's own",
@@ -191,6 +214,11 @@ DISEASES = (
         "dk and dv one rank off: of the one before",
         "each rank has the gradients of the keys before",
         answer=answers.one_rank_off(-1),
+    ),
+    Disease(
+        "dk and dv added up, and those of two ranks taken for a pair",
+        "dk is dk + dv, and dv is dk + dv of the next rank",
+        answer=answers.added_up,
     ),
     Disease(
         "dk and dv that are not carried home",

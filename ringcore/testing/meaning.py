@@ -29,6 +29,7 @@ def problem_of(arrays: dict[str, Array], keywords: Keywords) -> Problem:
         q, k, v, dout,
         scale=width**-0.5 if scale is None else scale, shown=shown_pairs(batch, queries, keys, keywords),
         added=_added(batch, heads, queries, keys, keywords), before=before, window=_sides(keywords),
+        dilation=tuple(zip(keywords.get("segment_lengths", ()), keywords.get("dilation_rates", ()), strict=True)),
         softcap=keywords.get("softcap"), sinks=None if sinks is None else np.asarray(sinks).astype(np.float64),
         kept=kept, dlse=dlse[..., None],
     )  # fmt: skip
@@ -55,7 +56,7 @@ def _added(batch: int, heads: int, queries: int, keys: int, keywords: Keywords) 
         added["alibi"] = -np.asarray(keywords["alibi"]).astype(np.float64)[:, None, None] * distance
     if "segment_lengths" in keywords:
         with np.errstate(divide="ignore"):
-            added["dilated"] = np.log(multiplicity(heads, keys, keywords))
+            added["dilated"] = np.log(sum(branches(heads, keys, keywords), np.zeros((heads, keys, keys))))
     return {name: np.broadcast_to(x, (batch, heads, queries, keys)) for name, x in added.items()}
 
 
@@ -88,13 +89,13 @@ def shown_pairs(batch: int, queries: int, keys: int, keywords: Keywords) -> dict
     return shown
 
 
-def multiplicity(heads: int, length: int, keywords: Keywords) -> Floats:
-    """[H, N, N]: how many branches of dilated attention show a pair."""
+def branches(heads: int, length: int, keywords: Keywords) -> list[Bools]:
+    """Of each branch of dilated attention [H, N, N]: which pairs it shows, by looking at every pair."""
     head, i, j = np.arange(heads)[:, None, None], np.arange(length)[:, None], np.arange(length)
-    found = np.zeros((heads, length, length))
+    found = []
     for w, r in zip(keywords["segment_lengths"], keywords["dilation_rates"], strict=True):
         offset = head % r if keywords.get("head_offset", "modulo") == "modulo" else head // -(-heads // r)
-        found += (i // w == j // w) & ((i % w) % r == offset) & ((j % w) % r == offset)
+        found.append((i // w == j // w) & ((i % w) % r == offset) & ((j % w) % r == offset))
     return found
 
 

@@ -21,6 +21,7 @@ class Problem:
     before: so many of the first keys are a prefix, which all queries see and nothing is added to; the others are
     positions. shown: by keyword, which query sees which position, [B or 1, H or 1, S, positions]; seen is what all of
     them show. added: by keyword, what is added to scores behind the softcap. window: its sides, if there is one.
+    dilation: segment length and rate of each branch, which ``added`` counts.
     sinks: [H]. kept: what dropout multiplies weights with. dlse: the gradient of lse [B, H, S, 1]. All these broadcast.
     """
 
@@ -33,6 +34,7 @@ class Problem:
     added: dict[str, Floats] = field(default_factory=dict)
     before: int = 0
     window: tuple[int | None, int | None] | None = None
+    dilation: tuple[tuple[int, int], ...] = ()
     softcap: float | None = None
     sinks: Floats | None = None
     kept: Floats | float = 1.0

@@ -54,6 +54,8 @@ def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tup
 
     It begins with question ``first``; rings of the sizes in ``given_up`` are not asked.
     """
+    for old in folder.glob("process.*"):
+        old.unlink()
     path, said = folder / "spec.json", folder / "said.txt"
     path.write_text(json.dumps({**asdict(spec), "first": first, "given_up": given_up}))
     with said.open("wb") as output:
@@ -68,9 +70,7 @@ def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tup
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > spec.deadline:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process, folder)
                 return f"no answer within {spec.deadline:g} s{_whereabouts(spec, folder)}", HANG
     if process.returncode == 0 and len(list(folder.glob("done.*.json"))) == _ranks(spec):
         return None
@@ -79,6 +79,17 @@ def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tup
     telling = next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
     words = f"; it said: {telling}" if telling else ""
     return f"the process ended with status {process.returncode}{words}", ENDED
+
+
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """The launcher and all workers at once: torchrun's are in sessions of their own."""
+    groups = [process.pid, *(int(path.suffix[1:]) for path in folder.glob("process.*"))]
+    for each in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(each, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    process.wait()
 
 
 def _ranks(spec: Spec) -> int:

@@ -20,19 +20,24 @@ class Signature:
     """How functions of a kind are called.
 
     keywords: what each of ACCEPTS is called there. library: whose arrays they take. sequence_first: whether arrays are
-    [B, S, H, D]. broad_mask: whether masks have four axes, [B, H, S, N]. grouped: whether key heads may be fewer.
+    [B, S, H, D]. broad_mask: whether masks have four axes, [B, H, S, N]. grouped: whether key heads may be
+    fewer, or the keyword that lets them be.
     """
 
     keywords: dict[str, str]
     library: str
     sequence_first: bool = False
     broad_mask: bool = False
-    grouped: bool = True
+    grouped: bool | str = True
 
 
 SIGNATURES = {
     "ringcore": Signature({name: name for name in ACCEPTS if name not in ("grouped", "dilated")}, "numpy"),
-    "sdpa": Signature({"causal": "is_causal", "scale": "scale", "mask": "attn_mask", "bias": "attn_mask"}, "torch"),
+    "sdpa": Signature(
+        {"causal": "is_causal", "scale": "scale", "mask": "attn_mask", "bias": "attn_mask"},
+        "torch",
+        grouped="enable_gqa",
+    ),
     "flash-attn": Signature(
         {
             "causal": "causal",
@@ -53,7 +58,7 @@ SIGNATURES = {
     # The function of the report that ringcore began with: (q, k, v, ring_size), [B, S, H, D].
     "seed": Signature({"causal": "causal"}, "torch", sequence_first=True, grouped=False),
 }
-_RING, _GROUPED = "ring_size", "enable_gqa"
+_RING = "ring_size"
 _JOINED = "ring", "group", "process_group", "comm"
 
 
@@ -82,25 +87,30 @@ class Means(NamedTuple):
     joins: bool
 
 
-def attention_of(function: Attention, signature: str, ring: Any = None) -> Means:
+def signature_of(name: str) -> Signature | dict[str, Any]:
+    """One of SIGNATURES, or what a Python file of this name says, which is run now.
+
+    It has ``attention(function, q, k, v, *, ring_size, **keywords)``, ``ACCEPTS`` and ``LIBRARY``.
+    """
+    return SIGNATURES[name] if name in SIGNATURES else runpy.run_path(str(Path(name)))
+
+
+def attention_of(function: Attention, kind: Signature | dict[str, Any], ring: Any = None) -> Means:
     """The function as attention that is asked, by what its signature means.
 
-    signature: one of SIGNATURES, or a Python file with ``attention(function, q, k, v, *, ring_size, **keywords)``,
-    ``ACCEPTS`` and ``LIBRARY``. ring: what joins the processes, where several are asked together: the function
-    gets it as ``ring``, ``group``, ``process_group`` or ``comm``, whichever it takes first, and a file's as ``ring``.
+    ring: what joins the processes, where several are asked together: the function gets it as ``ring``, ``group``,
+    ``process_group`` or ``comm``, whichever it takes first, and a file's as ``ring``.
     """
-    if signature not in SIGNATURES:
-        told = runpy.run_path(str(Path(signature)))
-        own, together = told["attention"], {} if ring is None else {"ring": ring}
+    if isinstance(kind, dict):
+        own, together = kind["attention"], {} if ring is None else {"ring": ring}
 
         def custom(*arrays: Any, **keywords: Any) -> Any:
             return own(function, *arrays, **keywords, **together)
 
-        return Means(custom, tuple(told["ACCEPTS"]), told["LIBRARY"], "ring" in inspect.signature(own).parameters)
-    kind = SIGNATURES[signature]
+        return Means(custom, tuple(kind["ACCEPTS"]), kind["LIBRARY"], "ring" in inspect.signature(own).parameters)
     takes = _parameters(function)
     accepts = tuple(name for name, theirs in kind.keywords.items() if takes(theirs))
-    if kind.grouped and (signature != "sdpa" or takes(_GROUPED)):
+    if kind.grouped is True or (isinstance(kind.grouped, str) and takes(kind.grouped)):
         accepts = (*accepts, "grouped")
     joined = next((name for name in _JOINED if takes(name)), None)
 
@@ -112,8 +122,8 @@ def attention_of(function: Attention, signature: str, ring: Any = None) -> Means
             named[_RING] = ring_size
         if ring is not None and joined is not None:
             named[joined] = ring
-        if signature == "sdpa" and q.shape[1] != k.shape[1]:
-            named[_GROUPED] = True
+        if isinstance(kind.grouped, str) and q.shape[1] != k.shape[1]:
+            named[kind.grouped] = True
         if not kind.sequence_first:
             return function(q, k, v, **named)
         result = function(*(x.swapaxes(1, 2) for x in (q, k, v)), **named)

@@ -26,7 +26,7 @@ from ringcore.testing.asking import Fault, answer, asked
 from ringcore.testing.libraries import library_of
 from ringcore.testing.problem import Dealt
 from ringcore.testing.running import read
-from ringcore.testing.signatures import attention_of, load
+from ringcore.testing.signatures import attention_of, load, signature_of
 
 _NEARLY = 0.8  # of the deadline: then it says where it is, before it is ended
 
@@ -34,12 +34,14 @@ _NEARLY = 0.8  # of the deadline: then it says where it is, before it is ended
 def main(spec: dict[str, Any], folder: Path) -> None:
     """Ask, from the question that is next; under a launcher each rank is asked about its shards."""
     sys.path.insert(0, os.getcwd())  # where its own modules are, as for ``python -m``
+    (folder / f"process.{os.getpid()}").touch()  # by which it is ended, whatever its launcher made of it
     rank, ring = _joined(spec)
     if rank < 0:  # of another group: there so that ranks of the ring have other numbers elsewhere
         return
     stuck = (folder / f"stuck.{rank}.txt").open("w")  # where it is once the deadline is near
     faulthandler.dump_traceback_later(_NEARLY * spec["deadline"], file=stuck)
-    attention, accepts, library, joins = attention_of(load(spec["target"]), spec["signature"], ring)
+    kind = signature_of(spec["signature"])  # first: a file may prepare what the target needs
+    attention, accepts, library, joins = attention_of(load(spec["target"]), kind, ring)
     library = spec["library"] or library
     accepts = tuple(name for name in accepts if name in (spec["accepts"] or accepts))
     made = library_of(library, spec["dtype"], spec["device"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from ringcore.testing.dense import Answer, backward, lse_of, right, right_weights, softmax
 from ringcore.testing.problem import Bools, Dealt, Floats, Problem
-from ringcore.testing.wrong_weights import hops, met
+from ringcore.testing.wrong_weights import branch_scores, hops, met
 
 Answers = Callable[[Problem, Dealt], Answer]
 _OVERFLOW = float(np.log(np.finfo(np.float32).max))
@@ -29,8 +29,11 @@ def rows_with(value: float, lost: Callable[[Problem, Dealt], Bools]) -> Answers:
     """``value`` in the rows that ``lost`` [B, H, S, 1] says; nothing is said of gradients then."""
 
     def answer(problem: Problem, dealt: Dealt) -> Answer:
-        due, rows = right(problem), np.broadcast_to(lost(problem, dealt), (*problem.q.shape[:3], 1))
-        return Answer(np.where(rows, value, due.out), None, None, None) if rows.any() else due
+        due, rows = (
+            backward(problem, right_weights(problem)),
+            np.broadcast_to(lost(problem, dealt), (*problem.q.shape[:3], 1)),
+        )
+        return Answer(np.where(rows, value, due.out), None, None, None) if rows.any() else due.answer
 
     return answer
 
@@ -51,7 +54,7 @@ def infinite_lse(problem: Problem, dealt: Dealt) -> Answer:
     empty = unseeing_hops(problem, dealt)
     if not empty.any():
         return right(problem)
-    out = np.where(empty == 0, right(problem).out, np.where(empty == 1, 0.0, np.nan))
+    out = np.where(empty == 0, backward(problem, right_weights(problem)).out, np.where(empty == 1, 0.0, np.nan))
     return Answer(out, None, None, None)
 
 
@@ -70,6 +73,33 @@ def heads_turned(problem: Problem, dealt: Dealt) -> Answer:
     order = np.arange(problem.q.shape[1]) % problem.k.shape[1]
     turned = replace(problem, k=problem.k[:, order], v=problem.v[:, order])
     return Answer(right_weights(turned) @ turned.v, None, None, None)
+
+
+def heads_attended(problem: Problem, dealt: Dealt) -> Answer:
+    """Heads taken for positions: at each position a softmax over heads; of masks nothing is said."""
+    if problem.shown.keys() - {"causal"} or problem.added or problem.sinks is not None or problem.before:
+        return Answer(None, None, None, None)
+    heads = problem.q.shape[1]
+    k, v = problem.of_heads(problem.k), problem.of_heads(problem.v)
+    q, k, v, dout = (np.swapaxes(x, 1, 2) for x in (problem.q, k, v, problem.dout))
+    shown: dict[str, Bools] = {"causal": np.tri(heads, dtype=np.bool_)} if problem.shown else {}
+    due = right(Problem(q, k, v, dout, problem.scale, shown, softcap=problem.softcap))
+    return Answer(None if due.out is None else np.swapaxes(due.out, 1, 2), None, None, None)
+
+
+def mixture_kept_constant(problem: Problem, dealt: Dealt) -> Answer:
+    """Dilated attention whose branches have their share by lse, and no gradient passes through it."""
+    if not problem.dilation:
+        return right(problem)
+    found = backward(problem, right_weights(problem))
+    total = lse_of(problem.scores, problem.sinks)
+    dq, dk = np.zeros_like(found.dq), np.zeros_like(found.dk)
+    for scores in branch_scores(problem):
+        own = lse_of(scores)
+        share = np.where(np.isneginf(own), 0.0, np.exp(own - np.where(np.isneginf(total), 0.0, total)))
+        gained = backward(replace(problem, dout=problem.dout * share), softmax(scores))
+        dq, dk = dq + gained.dq, dk + gained.dk
+    return found._replace(dq=dq, dk=dk).answer
 
 
 def stale(hop_of: Callable[[int], int]) -> Answers:
@@ -133,6 +163,20 @@ def one_rank_off(by: int) -> Answers:
         return replace(due, dk=turned[0], dv=turned[1])
 
     return answer
+
+
+def added_up(problem: Problem, dealt: Dealt) -> Answer:
+    """A rank's dk and dv added up for dk, and those of the next for dv: what two ranks sent is taken for the pair.
+
+    Only where every rank holds as many keys, and k is as wide as v.
+    """
+    due = right(problem)
+    if due.dk is None or due.dv is None or dealt.size == 1 or len({len(columns) for columns in dealt.columns}) > 1:
+        return due
+    both, after = due.dk + due.dv, np.zeros_like(due.dv)
+    for mine, theirs in zip(dealt.columns, (*dealt.columns[1:], dealt.columns[0]), strict=True):
+        after[:, :, list(mine)] = both[:, :, list(theirs)]
+    return replace(due, dk=both, dv=after)
 
 
 def own_share(problem: Problem, dealt: Dealt) -> Answer:

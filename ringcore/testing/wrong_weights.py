@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ringcore.testing.dense import lse_of, right_weights, softmax
+from ringcore.testing.meaning import branches
 from ringcore.testing.problem import Bools, Dealt, Floats, Problem
 
 Weights = Callable[[Problem, Dealt], Floats]
@@ -182,6 +183,20 @@ def other_way(problem: Problem, dealt: Dealt) -> Bools:
     return np.where(owner == holder, triangle_in_each_hop(problem, dealt), owner < holder)
 
 
+def short_by_a_shard(problem: Problem, dealt: Dealt) -> Bools:
+    """Keys of earlier ranks alone, and of those as if the query was as far before them as it is behind."""
+    rows, columns = np.arange(problem.q.shape[2])[:, None], np.arange(problem.positions)[None, :]
+    shard = len(dealt.columns[0]) if dealt.size > 1 else 0
+    return np.asarray(columns <= rows - shard)
+
+
+def offset_added(problem: Problem, dealt: Dealt) -> Bools:
+    """Places of keys in their shards are compared with positions of queries, and where the shard begins is added."""
+    rows, (_, columns) = np.arange(problem.q.shape[2])[:, None], places(problem, dealt)
+    starts = np.array([min(shard, default=0) for shard in dealt.columns])
+    return np.asarray(columns <= rows + starts[dealt.holder(problem.positions)])
+
+
 def window_of_each_hop(problem: Problem, dealt: Dealt) -> Floats:
     """A window between places in shards, whoever holds them."""
     if problem.window is None:
@@ -236,3 +251,38 @@ def scaled_by(scale: Callable[[int], float]) -> Weights:
         return softmax(other.scores, problem.sinks)
 
     return weights
+
+
+def heads_as_one(problem: Problem, dealt: Dealt) -> Floats:
+    """Scores are the sum over all heads, and their scale that of a head as wide as all."""
+    heads = problem.q.shape[1]
+    scores = np.broadcast_to(problem.raw.sum(1, keepdims=True) / np.sqrt(heads), problem.scores.shape)
+    return softmax(np.where(np.isneginf(problem.scores), -np.inf, scores + (problem.scores - problem.raw)))
+
+
+def blocks_of_heads(problem: Problem, dealt: Dealt) -> Floats:
+    """Dilated attention whose offsets belong to blocks of heads, h // ceil(H / r), and not to h mod r."""
+    if not problem.dilation:
+        return right_weights(problem)
+    lengths, rates = zip(*problem.dilation, strict=True)
+    keywords = {"segment_lengths": lengths, "dilation_rates": rates, "head_offset": "block"}
+    heads, positions = problem.q.shape[1], problem.positions
+    with np.errstate(divide="ignore"):
+        times = np.log(sum(branches(heads, positions, keywords), np.zeros((heads, positions, positions))))
+    return right_weights(replace(problem, added={**problem.added, "dilated": times}))
+
+
+def branches_averaged(problem: Problem, dealt: Dealt) -> Floats:
+    """Each branch of dilated attention by its own softmax, added up and divided by their number."""
+    if not problem.dilation:
+        return right_weights(problem)
+    parts = branch_scores(problem)
+    return np.asarray(sum(softmax(scores) for scores in parts) / len(parts))
+
+
+def branch_scores(problem: Problem) -> list[Floats]:
+    """The scores of each branch of dilated attention, -inf for keys that it does not show."""
+    lengths, rates = zip(*problem.dilation, strict=True)
+    shown = branches(problem.q.shape[1], problem.positions, {"segment_lengths": lengths, "dilation_rates": rates})
+    alone = problem.without("dilated").scores
+    return [np.where(each, alone, -np.inf) for each in shown]

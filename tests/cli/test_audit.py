@@ -3,6 +3,9 @@
 import json
 import os
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -79,6 +82,10 @@ def of_the_world(q, k, v, *, ring):
         found = ringcore.merge(found, ringcore.ring_attention(q, k, v, ring_size=1, return_partial=True))
         k, v = ring.sendrecv((k, v), dest=after, source=before)
     return found.out
+
+
+def sleeps(q, k, v, *, group):
+    time.sleep(600)
 
 
 def odd_rings_hang(q, k, v, *, ring_size):
@@ -248,13 +255,13 @@ def test_a_process_for_each_rank_under_mpiexec(audit):
 @pytest.mark.skipif(launched(), reason="itself under mpiexec: ranks start no ranks")
 def test_what_only_several_processes_show(audit):
     options = "--launcher", "mpiexec", "--ranks", "2"
-    answer, report = audit("waits_for_ever", *options, "--only", "causal", "--deadline", "8")
+    _, report = audit("waits_for_ever", *options, "--only", "causal", "--deadline", "8")
     assert {each["kind"] for each in report["faults"]} == {"no answer in time"}
     where = report["faults"][0]["what"]
     assert where.startswith("no answer within 8 s: rank 0 was at planted.py:")
     assert "rank 1 was at planted.py:" in where
     assert "in waits_for_ever" in where
-    answer, report = audit("of_the_world", *options, "--only", "scale", "--deadline", "10")
+    _, report = audit("of_the_world", *options, "--only", "scale", "--deadline", "10")
     (found,) = report["diagnoses"]
     assert found["name"] == "a global rank used for a group's rank"
     assert all(each["question"].endswith(", in a group of other ranks") for each in report["faults"])
@@ -274,7 +281,7 @@ def test_odd_rings_that_hang_are_told(audit):
 @pytest.mark.parametrize("ranks", ["2", "3", "4", "8"])
 def test_the_original_report_by_its_own_signature(audit, ranks):
     pytest.importorskip("torch")
-    answer, report = audit("as_reported", "--signature", "seed", "--ranks", ranks)
+    _, report = audit("as_reported", "--signature", "seed", "--ranks", ranks)
     assert [each["name"] for each in report["diagnoses"]] == ["softmax per chunk, summed over chunks"]
     assert report["library"] == "torch"
     assert set(report["versions"]) == {"python", "ringcore", "torch"}
@@ -294,6 +301,19 @@ def test_a_process_for_each_rank_under_torchrun(audit):
     (found,) = report["diagnoses"]
     assert found["name"] == "no ring at all"
     assert found["results"] == ["out", "dq", "dk", "dv"]
+
+
+def test_ranks_under_torchrun_that_hang_are_ended(audit, tmp_path):
+    pytest.importorskip("torch")
+    options = "--launcher", "torchrun", "--ranks", "2", "--library", "torch", "--only", "causal", "--deadline", "15"
+    _, report = audit("sleeps", *options)
+    assert "rank 1 was at planted.py" in report["faults"][0]["what"]
+    time.sleep(0.5)
+    left = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            left += [process.name] if (process / "cwd").readlink() == tmp_path else []
+    assert left == [str(os.getpid())]
 
 
 @pytest.mark.parametrize(
