@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,10 @@ def signature_of(name: str) -> Signature | dict[str, Any]:
 
     It has ``attention(function, q, k, v, *, ring_size, **keywords)``, ``ACCEPTS`` and ``LIBRARY``.
     """
-    return SIGNATURES[name] if name in SIGNATURES else runpy.run_path(str(Path(name)))
+    if name in SIGNATURES:
+        return SIGNATURES[name]
+    sys.path.append(str(Path(name).resolve().parent))  # what lies beside it may be imported
+    return runpy.run_path(name)
 
 
 def attention_of(function: Attention, kind: Signature | dict[str, Any], ring: Any = None) -> Means:

@@ -1,0 +1,101 @@
+"""The scorecard: runs the audits of cards.toml, each in its environment, and makes the table of README.md.
+
+python docs/audit/score.py run [NAME ...]   # all cards, or some; environments are made beside --environments
+python docs/audit/score.py table            # the table, as it stands in README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CARDS = tomllib.loads((HERE / "cards.toml").read_text())
+
+
+def environment(name: str, folder: Path) -> Path:
+    """The folder of an environment's programs; made and filled if it is not there."""
+    programs = folder / name / "bin"
+    if not programs.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
+        for line in CARDS["environment"][name]["install"]:
+            subprocess.run([str(programs / "pip"), "install", "-q", *shlex.split(line)], check=True, cwd=HERE)
+    return programs
+
+
+def run(card: dict, folder: Path) -> None:
+    """Audit one, and write its report."""
+    programs = environment(card["environment"], folder)
+    path = f"{programs.resolve()}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **card.get("variables", {})}
+    report = HERE / "reports" / f"{card['name']}.json"
+    report.unlink(missing_ok=True)
+    command = [*shlex.split(card["command"]), "--json", str(report)]
+    done = subprocess.run(command, cwd=HERE, env=variables, capture_output=True, text=True)
+    if not report.exists():
+        raise SystemExit(f"{card['name']} left no report:\n{done.stdout}\n{done.stderr}")
+    print(f"{card['name']}: status {done.returncode}", flush=True)
+
+
+def table() -> str:
+    """One line for each card that has a report."""
+    lines = ["| project | what | rings | dtype | what came out | largest error |", "|---|---|---|---|---|---|"]
+    for card in CARDS["card"]:
+        path = HERE / "reports" / f"{card['name']}.json"
+        if path.exists():
+            lines.append(line(card, json.loads(path.read_text())))
+    return "\n".join(lines)
+
+
+def line(card: dict, report: dict) -> str:
+    """The project with its version, what was asked, and what came of it."""
+    versions = report["versions"]
+    version = versions.get(card["project"], "")
+    rings = ", ".join(map(str, report["ring_sizes"]))
+    errors = [each["error"] for each in report["errors"]]
+    largest = "none" if not errors else "not finite" if None in errors else f"{max(errors):.1e}"
+    cells = f"{card['project']} {version}", card["title"], rings, report["dtype"], outcome(report), largest
+    return f"| {' | '.join(cells)} |"
+
+
+def outcome(report: dict) -> str:
+    """What is wrong, or that nothing is."""
+    if report["right"]:
+        return f"right in all {report['asked']} answers"
+    said = [
+        f"**{each['name']}** ({', '.join(each['results']) or 'no answer'}; rings {', '.join(map(str, each['ring_sizes']))})"
+        for each in report["diagnoses"]
+    ]
+    kinds = Counter(each["kind"] for each in report["faults"])
+    said += [f"{kind}: {count} of {report['asked']}" for kind, count in kinds.items()]
+    return "; ".join(said) if report["diagnoses"] else f"{'; '.join(said)}; the others right"
+
+
+def main() -> None:
+    """Run or print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "ringcore-audits")
+    asked = parser.parse_args()
+    if asked.what == "table":
+        print(table())
+        return
+    unknown = set(asked.names) - {card["name"] for card in CARDS["card"]}
+    if unknown:
+        parser.error(f"no cards {', '.join(sorted(unknown))}")
+    for card in CARDS["card"]:
+        if not asked.names or card["name"] in asked.names:
+            run(card, asked.environments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""In place of xformers, whose kernels want a GPU."""

@@ -1,0 +1,19 @@
+"""The ring functions of yunchang, over flash_attn_on_cpu: audit with --launcher torchrun, in float16 or bfloat16.
+
+ring_flash_attn_func goes with --layout contiguous, zigzag_ring_flash_attn_func with zigzag, stripe_flash_attn_func with
+striped; the last two refuse attention that is not causal. Without --only causal,grouped,scale,softcap window_size is
+asked too.
+"""
+
+import flash_attn_on_cpu
+
+flash_attn_on_cpu.install()
+
+ACCEPTS = "causal", "grouped", "window", "scale", "softcap"
+LIBRARY = "torch"
+NAMES = {"scale": "softmax_scale", "window": "window_size"}
+
+
+def attention(function, q, k, v, *, ring_size, ring=None, **keywords):
+    named = {NAMES.get(name, name): x for name, x in keywords.items()}
+    return function(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), group=ring, **named).transpose(1, 2)
