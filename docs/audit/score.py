@@ -37,6 +37,7 @@ def run(card: dict, folder: Path) -> None:
     path = f"{programs.resolve()}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **card.get("variables", {})}
     report = HERE / "reports" / f"{card['name']}.json"
+    report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
     command = [*shlex.split(card["command"]), "--json", str(report)]
     done = subprocess.run(command, cwd=HERE, env=variables, capture_output=True, text=True)

@@ -9,7 +9,7 @@ import torchscale.component.multihead_attention as theirs
 
 sys.path.append(str(Path(__file__).parent / "standins"))
 
-from dense import dense  # noqa: E402
+from dense import dense
 
 ACCEPTS = ("causal", "dilated")
 LIBRARY = "torch"
