@@ -104,10 +104,11 @@ def questions(
     yield plain
     yield replace(plain, name=SUMS, problem=replace(plain.problem, v=np.ones_like(plain.problem.v)))
     for row in ROWS:
-        # Dilated attention tells heads apart by their number, and is rarely of grouped ones.
-        asked = _drawn(row, replace(wide, key_heads=4) if row.startswith("dilated") else narrow, dtype, seed)
+        asked = _drawn(row, narrow, dtype, seed)
         if needs(asked.keywords) <= set(accepts):
             yield asked
+    if "dilated" in accepts:  # with heads enough to tell their offsets apart; few take grouped ones
+        yield replace(_drawn("dilated, two branches", replace(wide, key_heads=4), dtype, seed), name="dilated, 4 heads")
     if "grouped" in accepts:
         yield replace(_drawn(masked, wide, dtype, seed + 1), name="grouped heads")
     for times in (8.0, 128.0):

@@ -1,12 +1,14 @@
 """What context-parallel packages call of flash_attn 2, as dense float32 attention on the CPU, for audits.
 
 After install() such a package is imported, unmodified, over this module in the place of flash_attn. Nothing here is
-fast, and nothing is flash_attn's own code; it keeps to what flash_attn 2 does where rings can tell: float16 and bfloat16 alone; causal and window_size counted from the lower
-right corner; natural lse, float32, [B, H, S] or packed [H, S]; out 0 and lse +inf in rows that see no key; dq, dk and
-dv written into memory that the caller gives, in its dtype. It has neither dropout nor alibi.
+fast, and nothing is flash_attn's own code; it keeps to what flash_attn 2 does where rings can tell: float16 and
+bfloat16 alone; causal and window_size counted from the lower right corner; natural lse, float32, [B, H, S] or packed
+[H, S]; out 0 and lse +inf in rows that see no key; dq, dk and dv written into memory that the caller gives, in its
+dtype. It has neither dropout nor alibi.
 """
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -75,7 +77,7 @@ def _flash_attn_backward(
 def _parts(*ends):
     """Slices of each packed sequence, of queries and of keys."""
     ends = [x.tolist() for x in ends]
-    return [[slice(a, b) for a, b in zip(x[:-1], x[1:], strict=True)] for x in ends]
+    return [[slice(a, b) for a, b in pairwise(x)] for x in ends]
 
 
 def _flash_attn_varlen_forward(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.shard_map import shard_map
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as PS
+from jax.sharding import PartitionSpec
 
 ACCEPTS = ("causal", "documents")
 LIBRARY = "jax"
@@ -17,19 +17,19 @@ CHUNKS = 2  # of queries and of keys on each device, so that chunks are merged t
 def attention(function, q, k, v, *, ring_size, causal=False, documents=None):
     length = q.shape[2]
     chunk = length // ring_size // CHUNKS
-    shards, whole = PS(None, "sp", None, None), PS(None, None)
+    shards, whole = PartitionSpec(None, "sp", None, None), PartitionSpec(None, None)
+    blocks = {
+        "causal_block_size": 1 if causal else None, "deterministic": True, "dropout_rng": None, "attn_pdrop": 0.0,
+        "query_chunk_size": chunk, "key_chunk_size": chunk, "dtype": jnp.float32, "precision": None,
+        "policy": jax.checkpoint_policies.nothing_saveable, "prevent_cse": True,
+    }  # fmt: skip
     sharded = shard_map(
-        partial(
-            function, axis_name="sp", float32_logits=True, cache_idx=None,
-            blockwise_kwargs=dict(
-                causal_block_size=1 if causal else None, deterministic=True, dropout_rng=None, attn_pdrop=0.0,
-                query_chunk_size=chunk, key_chunk_size=chunk, policy=jax.checkpoint_policies.nothing_saveable,
-                dtype=jnp.float32, precision=None, prevent_cse=True,
-            ),
-        ),
+        partial(function, axis_name="sp", float32_logits=True, cache_idx=None, blockwise_kwargs=blocks),
         mesh=Mesh(np.array(jax.devices()[:ring_size]), ("sp",)),
-        in_specs=(shards, shards, shards, PS(None, None, None, None), whole), out_specs=shards, check_rep=False,
-    )  # fmt: skip
+        in_specs=(shards, shards, shards, PartitionSpec(None, None, None, None), whole),
+        out_specs=shards,
+        check_rep=False,
+    )
     bias = jnp.zeros((1, 1, 1, length), jnp.float32)
     ids = jnp.zeros(length, jnp.int32) if documents is None else jnp.asarray(documents, jnp.int32)
     out = jax.jit(sharded)(*(x.swapaxes(1, 2) for x in (q, k, v)), bias, ids[None])

@@ -10,7 +10,6 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 from torch.distributed.tensor.experimental._context_parallel._attention import _cp_options
@@ -49,7 +48,7 @@ def _run(function, named, shards, dout=None):
     with function(mesh(), buffers=buffers, buffer_seq_dims=[2] * len(buffers), no_restore_buffers=set(buffers)):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(dout is not None) for x in buffers[:3]]
-            out = F.scaled_dot_product_attention(*leaves, **named)
+            out = torch.nn.functional.scaled_dot_product_attention(*leaves, **named)
         parts = [out.detach()] if dout is None else [out.detach(), *torch.autograd.grad(out, leaves, buffers[3])]
         whole = context_parallel_unshard(mesh(), parts, [2] * len(parts))
     return [x.chunk(dist.get_world_size(), 2)[dist.get_rank()].contiguous() for x in whole]
