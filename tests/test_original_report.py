@@ -3,6 +3,10 @@
 Its numbers came from `torch.manual_seed(42)` on a CUDA device; `philox` draws the same inputs without one.
 """
 
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -10,20 +14,12 @@ from philox import philox, standard_normal
 
 import ringcore
 
-SHAPE = (1, 512, 2, 32)  # [B, S, H, D]
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
+import original_report
+from original_report import SHAPE, as_reported, dense
 
-def dense(q: NDArray[np.floating], k: NDArray[np.floating], v: NDArray[np.floating]) -> NDArray[np.float64]:
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
-
-
-def softmax_per_chunk_summed(q, k, v, ring_size):
-    """What the report did: every chunk normalised by itself, then added."""
-    chunks = zip(np.split(k, ring_size, axis=1), np.split(v, ring_size, axis=1), strict=True)
-    return sum(dense(q, *chunk) for chunk in chunks)
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +58,7 @@ def test_dense_attention_sums_to_what_was_reported(qkv):
 def test_summing_each_chunks_softmax_gives_the_reported_error(
     qkv, ring_size, total, digits, difference, difference_digits
 ):
-    wrong = softmax_per_chunk_summed(*qkv, ring_size)
+    wrong = as_reported(*qkv, ring_size)
     assert round(float(wrong.sum()), digits) == total
     assert round(float(abs(wrong - dense(*qkv)).max()), difference_digits) == difference
 
@@ -75,3 +71,18 @@ def test_the_ring_gives_dense_attention_at_every_ring_size(qkv, ring_size):
     assert abs(out - dense(*qkv)).max() < 1e-6
     # 32,768 float32 numbers: their own rounding moves the sum by far less than the last digit.
     assert out.sum(dtype=np.float64) == pytest.approx(88.0908, abs=1e-4)
+
+
+def test_the_page_about_the_report_says_what_its_program_prints(capsys):
+    """All figures; memory may differ by a little."""
+    original_report.main()
+    printed = capsys.readouterr().out.splitlines()
+    page = (ROOT / "docs" / "explanation" / "original-report.md").read_text()
+    shown = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    memory = next(number for number, line in enumerate(printed) if line.startswith("peak memory"))
+    assert printed[: memory + 1] == shown[: memory + 1]
+    assert len(printed) == len(shown) == memory + 5
+    for ours, theirs in zip(printed[memory + 1 :], shown[memory + 1 :], strict=True):
+        numbers = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in (ours, theirs)]
+        np.testing.assert_allclose(*numbers, atol=0.3)
+        assert numbers[0][0] == pytest.approx(numbers[0][-1], abs=0.3)  # it is a + b / R
