@@ -7,8 +7,9 @@ import pytest
 from given import torch
 
 import ringcore
-from ringcore.testing import ask, check_attention
-from ringcore.testing.asking import ACCEPTS
+from ringcore.testing import ACCEPTS, Case, ask, cases, check_attention
+from ringcore.testing.asking import report_of
+from ringcore.testing.libraries import library_of
 from ringcore.testing.signatures import attention_of, signature_of
 
 ALL = tuple(name for name in ACCEPTS if name != "dilated")
@@ -189,6 +190,7 @@ def test_what_is_wrong_beside_the_numbers_is_told():
     assert (2, "raised ZeroDivisionError: two ranks") in words
     assert (3, "q was written to") in words
     assert (4, "out is float64, the arrays given were float32") in words
+    assert not found.diagnoses
     assert (1, "the same call gave other numbers the second time") in words
     assert not found.right
 
@@ -196,3 +198,29 @@ def test_what_is_wrong_beside_the_numbers_is_told():
 def test_a_library_that_is_not_known():
     with pytest.raises(ValueError, match="library is 'fortran'; it must be one of numpy, torch, jax"):
         ask(ringcore.ring_attention, library="fortran")
+
+
+@pytest.mark.parametrize("case", cases(accepts=("causal", "window"), ring_sizes=(1, 3)), ids=str)
+def test_cases_for_tests_of_ones_own(case):
+    case.check(ringcore.ring_attention)
+    with pytest.raises(AssertionError):
+        case.check(lambda q, k, v, **keywords: 2 * q)
+
+
+def test_gradients_of_a_hard_coded_dtype_are_told():
+    """Torch casts those of its own; of others, JAX's among them, they come as they were made."""
+    torch()
+
+    def attention(q, k, v, *, ring_size):
+        return ringcore.ring_attention(q, k, v, ring_size=ring_size)
+
+    library = library_of("torch", "float64")
+    given = library.call
+    library.call = lambda *x, **y: {
+        name: each.float() if name != "out" else each for name, each in given(*x, **y).items()
+    }
+    faults = []
+    one = Case(cases(accepts=(), ring_sizes=(2,), library="torch", dtype="float64")[0].question, 2, library)
+    report = report_of([one.observe(attention, True, faults)], faults, "float64")
+    assert [each.disease.name for each in report.diagnoses] == ["the dtype of gradients is hard-coded"]
+    assert report.diagnoses[0].results == ("dk", "dq", "dv")

@@ -8,8 +8,8 @@ import pytest
 
 import ringcore
 from ringcore.layout import resolve_layout
-from ringcore.testing import DISEASES, Dealt, Observation, diagnose, given_by, questions, right
-from ringcore.testing.asking import ACCEPTS
+from ringcore.testing import ACCEPTS, DISEASES, Dealt, Observation, diagnose, given_by, questions, right
+from ringcore.testing.asking import GLOBAL, HARD_CODED, ODD
 from ringcore.testing.dense import lse_of, softmax
 from ringcore.testing.diagnosis import GROWING, NAMES, UNKNOWN, growing
 from ringcore.testing.wrong_weights import hops
@@ -44,6 +44,48 @@ def test_every_disease_is_told_by_its_name_alone(disease):
     assert [each.disease.name for each in found] == [disease.name]
     assert found[0].error > tolerance
     assert set(found[0].sizes) <= {2, 3, 4}
+
+
+# The traps that real implementations fell into, by the name that each is told by.
+TRAPS = {
+    "per-chunk softmax summed": "softmax per chunk, summed over chunks",
+    "per-chunk averaged (lse of zeros)": "chunks weighed equally, as by an lse of zeros",
+    "chunk output scaled by exp(-max) only": "sums scaled by exp(-maximum) alone when the maximum grows",
+    "no rescale on a new maximum": "sums that are not rescaled when the maximum grows",
+    "missing final division": "sums that are not divided at the end",
+    "base-2 lse": "lse in base 2 taken for a natural one",
+    "bf16 lse": "lse rounded to bfloat16",
+    "+inf sentinel": "+inf as the lse of a chunk of which nothing is seen",
+    "finite sentinel": "a finite sentinel for hidden keys",
+    "-inf minus -inf": "NaN where one hop shows a row nothing",
+    "overflow in log1p(exp)": "exp of the gap between two chunks overflows",
+    "epsilon in a denominator": "an epsilon of 1e-08 in the denominator",
+    "causal offset with the wrong sign": "causal offset of a hop with the wrong sign",
+    "stripe diagonal off by one": "causal stripes off by one",
+    "window passed unchanged to each hop": "the window passed unchanged to each hop",
+    "scale dropped": "scale ignored, and its default taken",
+    "mask swallowed": "mask ignored",
+    "sink counted per hop": "sinks counted once for each hop",
+    "replicated tokens counted per rank": "a prefix counted once for each rank",
+    "document boundary ignored": "documents ignored",
+    "length floored to a multiple of P": "length floored to a multiple of the ring",
+    "stale K, V in backward": "stale k and v in backward: a rank's own",
+    "local out in backward": "out of a hop in backward",
+    "local lse in backward": "lse of a hop in backward",
+    "dK, dV returned one rank off": "dk and dv one rank off: of the next",
+    "gradient dtype hard-coded": HARD_CODED.name,
+    "grouped heads in the wrong order": "grouped heads in the wrong order",
+    "send buffer overwritten in flight": "a block overwritten by the next before it left",
+    "odd ring size deadlocks": ODD.name,
+    "global rank used for a group rank": GLOBAL.name,
+}
+
+
+def test_every_trap_has_a_name_of_its_own():
+    """Those of processes and dtypes are planted where audits and check_attention are tested, all others here."""
+    assert len(set(TRAPS.values())) == len(TRAPS) == 30
+    told_elsewhere = {each.name for each in (HARD_CODED, ODD, GLOBAL)}
+    assert set(TRAPS.values()) - told_elsewhere <= {disease.name for disease in DISEASES}
 
 
 def test_right_attention_has_no_disease():

@@ -3,15 +3,20 @@
 Needs NumPy: ``pip install "ringcore[numpy]"``.
 """
 
-from ringcore.testing.asking import Fault, Report, ask, check_attention, questions
+from ringcore.testing.asking import ACCEPTS, Case, Fault, Report, ask, cases, check_attention, questions
 from ringcore.testing.dense import Answer, right
 from ringcore.testing.diagnosis import Diagnosis, Observation, diagnose
 from ringcore.testing.diseases import DISEASES, Disease, given_by
+from ringcore.testing.meaning import problem_of
 from ringcore.testing.problem import Dealt, Problem, Question
+from ringcore.testing.table import FEATURES, Shape, draw
 
 __all__ = [
+    "ACCEPTS",
     "DISEASES",
+    "FEATURES",
     "Answer",
+    "Case",
     "Dealt",
     "Diagnosis",
     "Disease",
@@ -20,10 +25,14 @@ __all__ = [
     "Problem",
     "Question",
     "Report",
+    "Shape",
     "ask",
+    "cases",
     "check_attention",
     "diagnose",
+    "draw",
     "given_by",
+    "problem_of",
     "questions",
     "right",
 ]

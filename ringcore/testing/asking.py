@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from ringcore.testing.meaning import problem_of
 from ringcore.testing.problem import Dealt, Floats, Question
 from ringcore.testing.table import Shape, draw
 
+Attention = Callable[..., Any]
 LENGTH, WIDTH = 22, 8  # a length that rings of 3 and 4 do not divide
 ACCEPTS = (
     "causal", "grouped", "window", "scale", "softcap", "mask", "bias", "documents", "key_lengths", "sinks", "alibi",
@@ -35,6 +37,7 @@ HANG, ENDED, RAISED = "no answer in time", "the process ended", "raised"
 SHAPE, DTYPE, WRITTEN, UNSTEADY = "wrong shape", "wrong dtype", "inputs written to", "not the same twice"
 OTHER_RANKS = ", in a group of other ranks"  # of a question that was asked so
 
+HARD_CODED = Disease("the dtype of gradients is hard-coded", "gradients come in another dtype than their inputs")
 ODD = Disease("odd rings wait for ever", "no answer on rings of an odd number of ranks alone")
 GLOBAL = Disease(
     "a global rank used for a group's rank", "wrong in a group that is not all processes, and right in one"
@@ -135,41 +138,82 @@ def _drawn(row: str, shape: Shape, dtype: str, seed: int, times: float = 1.0) ->
     return Question(row, problem_of(arrays, keywords), keywords)
 
 
+@dataclass(frozen=True)
+class Case:
+    """One question on one ring, for tests of one's own: ``pytest.mark.parametrize("case", cases(...), ids=str)``."""
+
+    question: Question
+    size: int
+    library: Library
+
+    def __str__(self) -> str:
+        return f"{self.question.name}-{self.size}".replace(" ", "_")
+
+    def check(self, attention: Attention, gradients: bool = True) -> None:
+        """Ask ``attention``, as `check_attention` does; raises AssertionError with what is wrong."""
+        __tracebackhide__ = True
+        faults = list[Fault]()
+        observed = self.observe(attention, gradients, faults)
+        report = report_of([] if observed is None else [observed], faults, self.library.dtype)
+        if not report.right:
+            raise AssertionError(str(report))
+
+    def observe(self, attention: Attention, gradients: bool, faults: list[Fault]) -> Observation | None:
+        """What ``attention`` answers, if it does; what is wrong beside its numbers goes to ``faults``."""
+        given = answer(attention, self.question, self.size, self.library, gradients, faults)
+        positions = self.question.problem.positions
+        dealt = Dealt.contiguous(positions, positions, self.size)
+        return None if given is None else Observation(self.question.problem, dealt, given, self.question.name)
+
+
+def cases(
+    accepts: Collection[str] = ("causal", "grouped"), ring_sizes: Sequence[int] = (1, 2, 3, 4),
+    library: str = "numpy", dtype: str = "float32", device: str | None = None, length: int = LENGTH,
+) -> list[Case]:  # fmt: skip
+    """All that `check_attention` asks, one by one; length: how many positions there are."""
+    made = library_of(library, dtype, device)
+    return [Case(question, size, made) for question, size in asked(accepts, ring_sizes, made, length)]
+
+
 def check_attention(
-    attention: Callable[..., Any], *, accepts: Collection[str] = ("causal", "grouped"),
+    attention: Attention, *, accepts: Collection[str] = ("causal", "grouped"),
     ring_sizes: Sequence[int] = (1, 2, 3, 4), library: str = "numpy", dtype: str = "float32",
-    gradients: bool = True,
+    device: str | None = None, length: int = LENGTH, gradients: bool = True,
 ) -> Report:  # fmt: skip
     """Ask ``attention`` and compare with dense attention in float64; raises AssertionError with what is wrong.
 
     attention: called with whole arrays q, k, v [1, H, N, D] of ``library``, ``ring_size`` and keywords out of
         ``accepts``, as `ringcore.ring_attention` means them; gives out, or a tuple that begins with it.
-    accepts: out of ACCEPTS; what is not among them is not asked. "grouped" is fewer heads of k and v than of q.
-    library: "numpy", "torch" or "jax". gradients: whether gradients of q, k and v are asked for, by the library's own
-        way; NumPy has none.
+    accepts: out of ACCEPTS; what is not among them is not asked. "grouped" is fewer heads of k and v than of q,
+        "dilated" are ``segment_lengths`` and ``dilation_rates`` as `ringcore.dilated_attention` means them.
+    library: "numpy", "torch", "jax" or "cupy". device: "cpu" or "cuda", the library's own if not given. length: how
+        many positions. gradients: whether those of q, k and v are asked for, by the library's own way; NumPy and CuPy
+        have none.
 
     Returns the report if all is right. Use `ask` for one that does not raise.
     """
     __tracebackhide__ = True
-    report = ask(attention, accepts=accepts, ring_sizes=ring_sizes, library=library, dtype=dtype, gradients=gradients)
+    report = ask(
+        attention, accepts=accepts, ring_sizes=ring_sizes, library=library, dtype=dtype, device=device, length=length,
+        gradients=gradients,
+    )  # fmt: skip
     if not report.right:
         raise AssertionError(str(report))
     return report
 
 
 def ask(
-    attention: Callable[..., Any], *, accepts: Collection[str] = ("causal", "grouped"),
+    attention: Attention, *, accepts: Collection[str] = ("causal", "grouped"),
     ring_sizes: Sequence[int] = (1, 2, 3, 4), library: str = "numpy", dtype: str = "float32",
-    gradients: bool = True,
+    device: str | None = None, length: int = LENGTH, gradients: bool = True,
 ) -> Report:  # fmt: skip
     """As `check_attention`, without raising for what is wrong."""
-    made, faults = library_of(library, dtype), list[Fault]()
-    observations = [
-        Observation(question.problem, Dealt.contiguous(LENGTH, LENGTH, size), given, question.name)
-        for question, size in asked(accepts, ring_sizes, made)
-        if (given := answer(attention, question, size, made, gradients, faults)) is not None
+    faults = list[Fault]()
+    observed = [
+        case.observe(attention, gradients, faults)
+        for case in cases(accepts, ring_sizes, library, dtype, device, length)
     ]
-    return report_of(observations, faults, dtype)
+    return report_of([each for each in observed if each is not None], faults, dtype)
 
 
 def asked(
@@ -201,7 +245,7 @@ def report_of(observations: Sequence[Observation], faults: Sequence[Fault], dtyp
         diagnoses = growing(ordinary)
     if not diagnoses:
         diagnoses = _among_other_ranks(observations, faults, dtype)
-    diagnoses += _odd(ordinary, faults)
+    diagnoses += _odd(ordinary, faults) + _hard_coded(faults)
     sums = {
         each.dealt.size: tuple(each.given["out"].mean(-1).ravel().tolist())
         for each in observations
@@ -223,6 +267,15 @@ def _weights(observations: Sequence[Observation]) -> dict[int, Floats]:
     return {size: each for size, each in found.items() if each.shape[-1] == keys}
 
 
+def _hard_coded(faults: Sequence[Fault]) -> list[Diagnosis]:
+    """Whether gradients come in another dtype than what they are gradients of, and out in its own."""
+    found = [(fault.size, *re.findall(r"\b(out|d[qkv]) is ", fault.words)) for fault in faults if fault.kind == DTYPE]
+    names = {name for _, *rest in found for name in rest}
+    if not names or "out" in names:
+        return []
+    return [Diagnosis(HARD_CODED, tuple(sorted({size for size, *_ in found})), tuple(sorted(names)))]
+
+
 def _odd(observations: Sequence[Observation], faults: Sequence[Fault]) -> list[Diagnosis]:
     """Whether rings of an odd size alone hang."""
     hung = tuple(sorted({fault.size for fault in faults if fault.kind == HANG}))
@@ -242,7 +295,7 @@ def _among_other_ranks(observations: Sequence[Observation], faults: Sequence[Fau
 
 
 def answer(
-    attention: Callable[..., Any], question: Question, size: int, library: Library, gradients: bool, faults: list[Fault]
+    attention: Attention, question: Question, size: int, library: Library, gradients: bool, faults: list[Fault]
 ) -> dict[str, Floats] | None:
     """What came, as float64; None if nothing did. What is wrong with it but its numbers goes to ``faults``."""
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringcore.testing.asking import ACCEPTS
-
-Attention = Callable[..., Any]
+from ringcore.testing.asking import ACCEPTS, Attention
 
 
 @dataclass(frozen=True)
