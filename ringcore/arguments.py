@@ -261,7 +261,8 @@ def _check_arrays(inputs: Inputs) -> None:
         raise DeviceError(
             f"the arrays belong to different libraries ({_listed(libraries)}). {conversion(libraries['q'], other)}"
         )
-    devices = {name: str(array_api_compat.device(x)) for name, x in given.items()}
+    places = {name: array_api_compat.device(x) for name, x in given.items()}
+    devices = {name: str(place) for name, place in places.items() if place is not None}  # JAX traces without one
     if len(set(devices.values())) > 1:
         raise DeviceError(f"the arrays are on different devices ({_listed(devices)}). Move them to one first.")
     terms = "bias", "mask", "sinks", "alibi"

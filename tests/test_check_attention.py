@@ -104,7 +104,8 @@ def test_jax_right_and_wrong_with_gradients():
             found = found + jax.nn.softmax(scores, -1) @ b
         return found
 
-    report = check_attention(ringcore.ring_attention, library="jax", accepts=("causal",), ring_sizes=(1, 2))
+    accepts = "causal", "mask", "bias", "sinks"  # whole arrays beside those that JAX traces
+    report = check_attention(ringcore.ring_attention, library="jax", accepts=accepts, ring_sizes=(2,))
     assert {name for _, _, name in report.errors} == {"out", "dq", "dk", "dv"}
     found = ask(summed, accepts=(), library="jax", ring_sizes=(2, 3, 4, 8))
     assert [each.disease.name for each in found.diagnoses] == ["softmax per chunk, summed over chunks"]
@@ -113,7 +114,7 @@ def test_jax_right_and_wrong_with_gradients():
 def test_jax_dot_product_attention_by_its_signature():
     jax = pytest.importorskip("jax")
     attention, accepts, library, _ = attention_of(jax.nn.dot_product_attention, signature_of("jax"))
-    assert (set(accepts), library) == ({"causal", "grouped", "window", "scale", "mask"}, "jax")
+    assert (set(accepts), library) == ({"causal", "grouped", "window", "scale", "mask", "bias"}, "jax")
     found = ask(attention, accepts=accepts, library=library, ring_sizes=(1,))
     assert [each.disease.name for each in found.diagnoses] == ["a finite sentinel for hidden keys"]
     assert not found.faults

@@ -88,6 +88,12 @@ class Jax(Library):
 
         return jax.numpy.asarray(x, dtype=self.dtype, device=jax.devices(self.device)[0])
 
+    def plain(self, x: Any) -> Any:
+        """As `Library.plain`."""
+        import jax
+
+        return jax.numpy.asarray(x, device=jax.devices(self.device)[0])
+
     def call(self, attention: Callable[..., Any], arrays: list[Any], dout: Floats | None, **keywords: Any) -> Any:
         """As `Library.call`."""
         import jax

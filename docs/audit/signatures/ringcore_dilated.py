@@ -1,6 +1,6 @@
 """ringcore's own dilated attention: audit ringcore:dilated_attention."""
 
-ACCEPTS = "causal", "grouped", "scale", "softcap", "sinks", "dilated"
+ACCEPTS = "causal", "grouped", "scale", "softcap", "dilated"
 LIBRARY = "torch"
 
 

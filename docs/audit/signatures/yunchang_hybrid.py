@@ -23,7 +23,7 @@ def layer(function, ring_size):
     return function(ring_impl_type="basic")
 
 
-def attention(function, q, k, v, *, ring_size, ring=None, **keywords):
-    named = {NAMES.get(name, name): x for name, x in keywords.items()}
+def attention(function, q, k, v, *, ring_size, **keywords):
+    named = {NAMES.get(name, name): x for name, x in keywords.items() if name != "ring"}
     whole = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     return layer(function, ring_size)(*whole, **named).transpose(1, 2)
