@@ -8,8 +8,8 @@ from given import torch
 
 import ringcore
 from ringcore.testing import ACCEPTS, Case, ask, cases, check_attention
-from ringcore.testing.asking import report_of
 from ringcore.testing.libraries import library_of
+from ringcore.testing.report import report_of
 from ringcore.testing.signatures import attention_of, signature_of
 
 ALL = tuple(name for name in ACCEPTS if name != "dilated")

@@ -9,9 +9,9 @@ import pytest
 import ringcore
 from ringcore.layout import resolve_layout
 from ringcore.testing import ACCEPTS, DISEASES, Dealt, Observation, diagnose, given_by, questions, right
-from ringcore.testing.asking import GLOBAL, HARD_CODED, ODD
 from ringcore.testing.dense import lse_of, softmax
 from ringcore.testing.diagnosis import GROWING, NAMES, UNKNOWN, growing
+from ringcore.testing.report import GLOBAL, HARD_CODED, ODD
 from ringcore.testing.wrong_weights import hops
 
 IN_BACKWARD = "stale", "lse of a hop", "out of a hop", "lse and out", "no delta", "no gradient", "dk and dv"

@@ -36,7 +36,7 @@ def run(card: dict, folder: Path) -> None:
     programs = environment(card["environment"], folder)
     path = f"{programs.resolve()}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **card.get("variables", {})}
-    report = HERE / "reports" / f"{card['name']}.json"
+    report = report_path(card)
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
     command = [*shlex.split(card["command"]), "--json", str(report)]
@@ -50,10 +50,19 @@ def table() -> str:
     """One line for each card that has a report."""
     lines = ["| project | what | rings | dtype | what came out | largest error |", "|---|---|---|---|---|---|"]
     for card in CARDS["card"]:
-        path = HERE / "reports" / f"{card['name']}.json"
-        if path.exists():
-            lines.append(line(card, json.loads(path.read_text())))
+        if report_path(card).exists():
+            lines.append(line(card, report_of(card)))
     return "\n".join(lines)
+
+
+def report_path(card: dict) -> Path:
+    """Where a card's report is."""
+    return HERE / "reports" / f"{card['name']}.json"
+
+
+def report_of(card: dict) -> dict:
+    """What an audit found."""
+    return json.loads(report_path(card).read_text())
 
 
 def line(card: dict, report: dict) -> str:

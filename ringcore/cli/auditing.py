@@ -13,9 +13,10 @@ from rich.table import Table
 from ringcore.cli.audit_page import check_drawing, page
 from ringcore.errors import FileError, KeywordError
 from ringcore.layout import NAMED
-from ringcore.testing.asking import ACCEPTS, TOLERANCES
+from ringcore.testing.asking import ACCEPTS
 from ringcore.testing.auditing import Audit, audit
 from ringcore.testing.libraries import DEVICES, LIBRARIES
+from ringcore.testing.report import TOLERANCES
 from ringcore.testing.running import LAUNCHERS, Spec
 from ringcore.testing.signatures import SIGNATURES
 

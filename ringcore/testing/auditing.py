@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ringcore.layout import resolve_layout
-from ringcore.testing.asking import ENDED, HANG, OTHER_RANKS, Fault, Report, asked, report_of
+from ringcore.testing.asking import asked
 from ringcore.testing.diagnosis import NAMES, Observation
 from ringcore.testing.libraries import library_of
 from ringcore.testing.problem import Dealt, Floats
+from ringcore.testing.report import ENDED, HANG, OTHER_RANKS, Fault, Report, report_of
 from ringcore.testing.running import Spec, read, run_worker
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ringcore.errors import MissingDependency
-from ringcore.testing.asking import ENDED, HANG, LENGTH
+from ringcore.testing.asking import LENGTH
+from ringcore.testing.report import ENDED, HANG
 
 LAUNCHERS = ("local", "mpiexec", "torchrun")
 _FRAME = re.compile(r'File "(.*)", line (\d+) in (\S+)')

@@ -22,9 +22,10 @@ import numpy as np
 
 import ringcore
 from ringcore.layout import resolve_layout
-from ringcore.testing.asking import Fault, answer, asked
+from ringcore.testing.asking import answer, asked
 from ringcore.testing.libraries import library_of
 from ringcore.testing.problem import Dealt
+from ringcore.testing.report import Fault
 from ringcore.testing.running import read
 from ringcore.testing.signatures import attention_of, load, signature_of
 
