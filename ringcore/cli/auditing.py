@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def run_audit(spec: Spec, path: Path | None, html: Path | None = None) -> int:
         check_drawing()
     found = audit(spec)
     if path is not None:
-        _write(path, json.dumps(_finite(found.as_json()), indent=1, allow_nan=False) + "\n")
+        _write(path, _numbers_in_lines(json.dumps(_finite(found.as_json()), indent=1, allow_nan=False)) + "\n")
     if html is not None:
         _write(html, page(found))
     _print(found)
@@ -42,6 +43,11 @@ def _finite(x: Any) -> Any:
     if isinstance(x, list):
         return [_finite(each) for each in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _numbers_in_lines(text: str) -> str:
+    """Lists of nothing but numbers on one line each: weights are many."""
+    return re.sub(r"\[[\s\d.,e+null-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 def _write(path: Path, text: str) -> None:

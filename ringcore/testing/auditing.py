@@ -57,7 +57,9 @@ class Audit:
                 {"ring_size": size, "least": min(rows), "largest": max(rows), "rows": list(rows)}
                 for size, rows in report.sums.items()
             ],
-            "weights": [{"ring_size": size, "heads": each.tolist()} for size, each in report.weights.items()],
+            "weights": [
+                {"ring_size": size, "heads": np.round(each, 6).tolist()} for size, each in report.weights.items()
+            ],
             "errors": [
                 {"question": question, "ring_size": size, "result": result, "error": error}
                 for (question, size, result), error in report.errors.items()
