@@ -15,12 +15,12 @@ GRADIENTS = ("dq", "dk", "dv")
 class Library:
     """NumPy, which has no gradients.
 
-    devices: where its arrays may be, the first if nothing is said.
+    devices: where its arrays may be; device: where they are, the first of those if nothing is said.
     """
 
     devices: tuple[str, ...] = ("cpu",)
 
-    def __init__(self, dtype: str, device: str) -> None:
+    def __init__(self, dtype: str, device: str | None = None) -> None:
         self.dtype, self.device = dtype, device
 
     def make(self, x: Floats) -> Any:
@@ -53,13 +53,13 @@ class Torch(Library):
         """As `Library.make`."""
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, getattr(torch, self.dtype))
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device or "cpu", getattr(torch, self.dtype))
 
     def plain(self, x: Any) -> Any:
         """As `Library.plain`."""
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device or "cpu")
 
     def back(self, x: Any) -> Floats:
         """As `Library.back`."""
@@ -84,15 +84,18 @@ class Jax(Library):
 
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""
-        import jax
-
-        return jax.numpy.asarray(x, dtype=self.dtype, device=jax.devices(self.device)[0])
+        return self._placed(x, self.dtype)
 
     def plain(self, x: Any) -> Any:
         """As `Library.plain`."""
+        return self._placed(x, None)
+
+    def _placed(self, x: Any, dtype: str | None) -> Any:
+        """Where JAX puts it by itself, if nothing is said: only then may it move to other devices."""
         import jax
 
-        return jax.numpy.asarray(x, device=jax.devices(self.device)[0])
+        device = None if self.device is None else jax.devices(self.device)[0]
+        return jax.numpy.asarray(x, dtype=dtype, device=device)
 
     def call(self, attention: Callable[..., Any], arrays: list[Any], dout: Floats | None, **keywords: Any) -> Any:
         """As `Library.call`."""
@@ -139,7 +142,7 @@ def library_of(name: str, dtype: str, device: str | None = None) -> Library:
     kind = LIBRARIES[name]
     if device is not None and device not in kind.devices:
         raise ValueError(f"device is {device!r}; arrays of {name} are on {' or '.join(kind.devices)}.")
-    return kind(dtype, device or kind.devices[0])
+    return kind(dtype, device)
 
 
 def _first(result: Any) -> Any:
