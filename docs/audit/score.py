@@ -85,8 +85,9 @@ def outcome(report: dict) -> str:
     for each in report["diagnoses"]:
         rings = ", ".join(map(str, each["ring_sizes"]))
         said.append(f"**{each['name']}** ({', '.join(each['results']) or 'no answer'}; rings {rings})")
-    kinds = Counter(each["kind"] for each in report["faults"])
-    said += [f"{kind}: {count} of {report['asked']}" for kind, count in kinds.items()]
+    # Of an answer once, whichever ranks say it.
+    kinds = Counter(kind for kind, _, _ in {(x["kind"], x["question"], x["ring_size"]) for x in report["faults"]})
+    said += [f"{kind}: {count} of {report['asked']}" for kind, count in sorted(kinds.items())]
     return "; ".join(said) if report["diagnoses"] else f"{'; '.join(said)}; the others right"
 
 

@@ -9,7 +9,7 @@ LIBRARY = "torch"
 BUCKETS = 2
 
 
-def attention(function, q, k, v, *, ring_size, causal=False, softcap=None, **ring):
+def attention(function, q, k, v, *, ring_size, causal=False, softcap=None, **joined):
     heads, key_heads = q.shape[1], k.shape[1]
     q = q.unflatten(1, (key_heads, heads // key_heads)).transpose(1, 2).flatten(1, 2)
     clamped = {} if softcap is None else {"softclamp_qk_sim": True, "softclamp_value": softcap}

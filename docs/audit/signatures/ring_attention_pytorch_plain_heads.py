@@ -9,7 +9,7 @@ LIBRARY = "torch"
 BUCKETS = 2
 
 
-def attention(function, q, k, v, *, ring_size, causal=False, softcap=None, **ring):
+def attention(function, q, k, v, *, ring_size, causal=False, softcap=None, **joined):
     clamped = {} if softcap is None else {"softclamp_qk_sim": True, "softclamp_value": softcap}
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     bucket_size = max(1, k.shape[1] // BUCKETS)

@@ -19,7 +19,7 @@ LIBRARY = "torch"
 BALANCED = os.environ.get("BALANCED", "causal")
 
 
-def attention(function, q, k, v, *, ring_size, causal=False, scale=None, **ring):
+def attention(function, q, k, v, *, ring_size, causal=False, scale=None, **joined):
     named = {"is_causal": causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     _cp_options.enable_load_balance = {"yes": True, "no": False, "causal": causal}[BALANCED]
     return _Rows.apply(function, named, q, k, v)

@@ -19,10 +19,10 @@ theirs.flash_attn_func = lambda q, k, v, dropout, bias, scale, causal: dense(q, 
 torch.cuda.current_device = lambda: "cpu"
 
 
-def attention(function, q, k, v, *, ring_size, segment_lengths=None, dilation_rates=None, causal=False, **ring):
+def attention(function, q, k, v, *, ring_size, segment_lengths=None, dilation_rates=None, causal=False, **joined):
     _, heads, length, width = q.shape
     args = SimpleNamespace(
-        multiway=False, xpos_rel_pos=False, flash_attention=True, seq_parallel=bool(ring),
+        multiway=False, xpos_rel_pos=False, flash_attention=True, seq_parallel=bool(joined),
         segment_length=list(segment_lengths or [length * ring_size]), dilated_ratio=list(dilation_rates or [1]),
     )  # fmt: skip
     module = function(args, heads * width, heads, self_attention=True)
