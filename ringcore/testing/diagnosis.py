@@ -17,6 +17,7 @@ from ringcore.testing.problem import Dealt, Floats, Problem
 NAMES = tuple(field.name for field in fields(Answer))
 _LEAST = 0.5  # of a number due: gradients of problems that are told by numbers around 1 may be 0 but for rounding
 _SLIGHT = 0.01  # of rounding: where a mistake does as much to out, it may do more to gradients that it foretells not
+_TOO_SMALL = 0.05  # root mean squares of what is due: such gradients are what is left of larger numbers
 _GROWTH = 1.4  # of errors, from the smallest ring to one of 4 or more: a wide accumulator keeps below 1.2
 UNKNOWN = Disease("not right, in no way that is known", "no known mistake gives the same numbers")
 GROWING = Disease("precision falls as the ring grows", "what goes from hop to hop is as narrow as the inputs")
@@ -113,7 +114,7 @@ def growing(observations: Iterable[Observation]) -> list[Diagnosis]:
         for name, came in each.given.items():
             expected = getattr(due, name)
             scale = np.square(expected).mean()
-            if scale > 0:
+            if scale > _TOO_SMALL**2:
                 error = float(np.square(came - expected).mean() / scale)
                 squares.setdefault((name, each.dealt.size), {})[each.name] = error
     sizes, told = sorted({size for _, size in squares}), list[str]()
@@ -125,7 +126,7 @@ def growing(observations: Iterable[Observation]) -> list[Diagnosis]:
         errors = [float(np.sqrt(np.mean([each[question] for question in common] or [0.0]))) for each in of_size]
         if errors[-1] > _GROWTH * errors[0] > 0 and all(b > 0.95 * a for a, b in pairwise(errors)):
             told.append(name)
-    largest = max((error**0.5 for (_, _), each in squares.items() for error in each.values()), default=0.0)
+    largest = max((x**0.5 for (name, _), of in squares.items() if name in told for x in of.values()), default=0.0)
     return [Diagnosis(GROWING, tuple(sizes), tuple(told), largest)] if told else []
 
 
