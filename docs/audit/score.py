@@ -1,7 +1,7 @@
 """The scorecard: runs the audits of cards.toml, each in its environment, and makes the table of README.md.
 
 python docs/audit/score.py run [NAME ...]   # all cards, or some; environments are made beside --environments
-python docs/audit/score.py table            # the table, as it stands in README.md
+python docs/audit/score.py table            # puts what came out into README.md
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
+HEAD = "| project | what | rings | dtype | what came out | largest error |"
 CARDS = tomllib.loads((HERE / "cards.toml").read_text())
 
 
@@ -48,7 +49,7 @@ def run(card: dict, folder: Path) -> None:
 
 def table() -> str:
     """One line for each card that has a report."""
-    lines = ["| project | what | rings | dtype | what came out | largest error |", "|---|---|---|---|---|---|"]
+    lines = [HEAD, "|---|---|---|---|---|---|"]
     for card in CARDS["card"]:
         if report_path(card).exists():
             lines.append(line(card, report_of(card)))
@@ -92,14 +93,16 @@ def outcome(report: dict) -> str:
 
 
 def main() -> None:
-    """Run or print."""
+    """Run, or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "ringcore-audits")
     asked = parser.parse_args()
     if asked.what == "table":
-        print(table())
+        page = HERE / "README.md"
+        before, _, rest = page.read_text().partition(HEAD)
+        page.write_text(before + table() + "\n\n" + rest.partition("\n\n")[2])
         return
     unknown = set(asked.names) - {card["name"] for card in CARDS["card"]}
     if unknown:
