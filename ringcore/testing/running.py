@@ -20,6 +20,7 @@ from ringcore.testing.asking import LENGTH
 from ringcore.testing.report import ENDED, HANG
 
 LAUNCHERS = ("local", "mpiexec", "torchrun")
+_START = 60.0
 _FRAME = re.compile(r'File "(.*)", line (\d+) in (\S+)')
 _ERROR = re.compile(r"(\[rank\d+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Exit|Dependency)\b")
 
@@ -29,7 +30,7 @@ class Spec:
     """What is audited.
 
     target: package.module:function. signature: see `ringcore.testing.signatures.attention_of`. library, accepts: in
-    place of the signature's. deadline: seconds for each answer, and for the import. launcher: one of LAUNCHERS; under
+    place of the signature's. deadline: seconds for each answer. launcher: one of LAUNCHERS; under
     "mpiexec" and "torchrun" each rank is given its shards by ``layout`` of sequences of ``length`` positions. device:
     where arrays are, "cpu" or "cuda"; the library's own if not given. strangers: so many processes more, before those
     of the ring.
@@ -49,16 +50,21 @@ class Spec:
     device: str | None = None
     strangers: int = 0
 
+    @property
+    def start(self) -> float:
+        """Seconds for processes to start and to import what they need, which a slow disk makes long."""
+        return max(self.deadline, _START)
+
 
 def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tuple[str, str] | None:
     """Run a worker to its end; what ended it before it had asked all, in words and as a kind of fault, or None.
 
     It begins with question ``first``; rings of the sizes in ``given_up`` are not asked.
     """
-    for old in folder.glob("process.*"):
+    for old in (*folder.glob("process.*"), *folder.glob("ready")):
         old.unlink()
     path, said = folder / "spec.json", folder / "said.txt"
-    path.write_text(json.dumps({**asdict(spec), "first": first, "given_up": given_up}))
+    path.write_text(json.dumps({**asdict(spec), "first": first, "given_up": given_up, "start": spec.start}))
     with said.open("wb") as output:
         process = subprocess.Popen(
             [*_launch(spec), "-m", "ringcore.testing.worker", str(path), str(folder)], stdin=subprocess.DEVNULL,
@@ -70,9 +76,9 @@ def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tup
             now = _progress(folder)
             if now != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > spec.deadline:
+            elif time.monotonic() - since > (limit := spec.deadline if (folder / "ready").exists() else spec.start):
                 _end(process, folder)
-                return f"no answer within {spec.deadline:g} s{_whereabouts(spec, folder)}", HANG
+                return f"no answer within {limit:g} s{_whereabouts(spec, folder)}", HANG
     if process.returncode == 0 and len(list(folder.glob("done.*.json"))) == _ranks(spec):
         return None
     lines = said.read_text(errors="replace").strip().splitlines()

@@ -40,7 +40,7 @@ def main(spec: dict[str, Any], folder: Path) -> None:
     if rank < 0:  # of another group: there so that ranks of the ring have other numbers elsewhere
         return
     stuck = (folder / f"stuck.{rank}.txt").open("w")  # where it is once the deadline is near
-    faulthandler.dump_traceback_later(_NEARLY * spec["deadline"], file=stuck)
+    faulthandler.dump_traceback_later(_NEARLY * spec["start"], file=stuck)
     kind = signature_of(spec["signature"])  # first: a file may prepare what the target needs
     attention, accepts, library, joins = attention_of(load(spec["target"]), kind, ring)
     library = spec["library"] or library
@@ -52,6 +52,7 @@ def main(spec: dict[str, Any], folder: Path) -> None:
             folder / "asked.json",
             {"library": library, "accepts": accepts, "joins": joins, "versions": _versions(spec["target"], library)},
         )
+    (folder / "ready").touch()
     for number in range(spec["first"], len(everything)):
         question, size = everything[number]
         if size in spec["given_up"]:
