@@ -23,6 +23,9 @@ class Library:
     def __init__(self, dtype: str, device: str | None = None) -> None:
         self.dtype, self.device = dtype, device
 
+    def settle(self, rank: int) -> None:
+        """Take the device of this rank, where each has its own."""
+
     def make(self, x: Floats) -> Any:
         """An array of this library in the dtype that is asked about."""
         return x.astype(self.dtype)
@@ -48,6 +51,13 @@ class Torch(Library):
     """Torch's tensors, and autograd."""
 
     devices = "cpu", "cuda"
+
+    def settle(self, rank: int) -> None:
+        """As `Library.settle`."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.set_device(rank % torch.cuda.device_count())
 
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""
@@ -111,6 +121,12 @@ class CuPy(Library):
     """CuPy's arrays, which have no gradients."""
 
     devices = ("cuda",)
+
+    def settle(self, rank: int) -> None:
+        """As `Library.settle`."""
+        import cupy
+
+        cupy.cuda.Device(rank % cupy.cuda.runtime.getDeviceCount()).use()
 
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""

@@ -46,6 +46,7 @@ def main(spec: dict[str, Any], folder: Path) -> None:
     library = spec["library"] or library
     accepts = tuple(name for name in accepts if name in (spec["accepts"] or accepts))
     made = library_of(library, spec["dtype"], spec["device"])
+    made.settle(rank)
     everything = asked(accepts, spec["ring_sizes"], made, spec["length"], bool(spec["strangers"]))
     if rank == 0:
         _write(
@@ -91,11 +92,8 @@ def _joined(spec: dict[str, Any]) -> tuple[int, Any]:
         rank = world.Get_rank() - strangers
         return rank, world.Split(rank < 0, rank) if strangers else world
     if spec["launcher"] == "torchrun":
-        import torch
         import torch.distributed as dist
 
-        if spec["device"] == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if spec["device"] == "cuda" else "gloo")
         rank = dist.get_rank() - strangers
         return rank, dist.new_group(range(strangers, strangers + size)) if strangers else dist.group.WORLD

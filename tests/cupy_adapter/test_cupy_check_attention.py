@@ -1,9 +1,11 @@
 """`ringcore.testing` asks of CuPy's arrays what it asks of NumPy's."""
 
+import cupy
 import pytest
 
 import ringcore
 from ringcore.testing import ACCEPTS, ask, check_attention
+from ringcore.testing.libraries import library_of
 
 
 def test_ringcore_passes_on_cupy():
@@ -18,6 +20,15 @@ def test_a_mistake_has_its_name_there_too():
 
     found = ask(attention, library="cupy", accepts=("causal",), ring_sizes=(2,))
     assert [each.disease.name for each in found.diagnoses] == ["causal ignored"]
+
+
+def test_each_rank_has_its_device():
+    count, before = cupy.cuda.runtime.getDeviceCount(), cupy.cuda.Device()
+    try:
+        library_of("cupy", "float32").settle(count + 1)
+        assert cupy.cuda.Device().id == 1 % count
+    finally:
+        before.use()
 
 
 def test_its_arrays_are_never_on_the_cpu():
