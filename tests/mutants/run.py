@@ -33,6 +33,7 @@ from mutants import MUTANTS  # noqa: E402
 
 TREE = ("ringcore", "adapters", "tests", "pyproject.toml")
 DEADLINE = 60  # seconds for one run of pytest, which takes two or three of them
+TOGETHER = 600  # the same, where the tests of many mutants run at once
 PATIENCE = 5  # seconds that a rank of a mutant waits for its peers
 SHARED_MEMORY = Path("/dev/shm")
 WAITING = {"RingTimeout", "PeerError", "TimeoutExpired"}  # how tests fail whose ranks wait for ever
@@ -92,7 +93,7 @@ def started(ranks: int, launcher: str) -> list[str]:
     return [*mpiexec, sys.executable]
 
 
-def run(tree: Path, tests: str, only: str, ranks: int, launcher: str) -> Ran:
+def run(tree: Path, tests: str, only: str, ranks: int, launcher: str, deadline: float = DEADLINE) -> Ran:
     """Run pytest on the tree's own code, until its first failure."""
     command = [*started(ranks, launcher), "-m", "pytest", "-q", "-x", "-p", "witness", *shlex.split(tests)]
     command += ["-k", only] if only else []
@@ -114,7 +115,7 @@ def run(tree: Path, tests: str, only: str, ranks: int, launcher: str) -> Ran:
         start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            output, _ = process.communicate(timeout=DEADLINE)
+            output, _ = process.communicate(timeout=deadline)
             status = process.returncode
         except subprocess.TimeoutExpired:
             output, status = stop(process), None
@@ -189,7 +190,10 @@ def sound(mutants: Sequence[Mutant], workers: ThreadPoolExecutor) -> bool:
             tree.mkdir()
             copy_tree(tree)
             runs.append(
-                (f"{tests} -k '{only}' on {ranks} ranks", workers.submit(run, tree, tests, only, ranks, launcher))
+                (
+                    f"{tests} -k '{only}' on {ranks} ranks",
+                    workers.submit(run, tree, tests, only, ranks, launcher, TOGETHER),
+                )
             )
         fine = True
         for words, future in runs:
