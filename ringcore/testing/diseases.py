@@ -141,12 +141,14 @@ DISEASES = (
     ),
     Disease("a finite sentinel for hidden keys", "rows that see nothing get the average of v", weights.averages),
     Disease(
-        "NaN in rows that see nothing", "a softmax over no key divides 0 by 0", answer=answers.nan_of(answers.unseeing)
+        "NaN in rows that see nothing",
+        "a softmax over no key divides 0 by 0",
+        answer=answers.rows_with(np.nan, answers.unseeing),
     ),
     Disease(
         "NaN where one hop shows a row nothing",
         "a chunk of which nothing is seen brings NaN to the merge",
-        answer=answers.nan_of(lambda problem, dealt: answers.unseeing_hops(problem, dealt) > 0),
+        answer=answers.rows_with(np.nan, lambda problem, dealt: answers.unseeing_hops(problem, dealt) > 0),
     ),
     Disease(
         "+inf as the lse of a chunk of which nothing is seen",

@@ -55,8 +55,7 @@ def _added(batch: int, heads: int, queries: int, keys: int, keywords: Keywords) 
         distance = np.abs(rows[:, None, :, None] - np.arange(keys))
         added["alibi"] = -np.asarray(keywords["alibi"]).astype(np.float64)[:, None, None] * distance
     if "segment_lengths" in keywords:
-        with np.errstate(divide="ignore"):
-            added["dilated"] = np.log(sum(branches(heads, keys, keywords), np.zeros((heads, keys, keys))))
+        added["dilated"] = counted(heads, keys, keywords)
     return {name: np.broadcast_to(x, (batch, heads, queries, keys)) for name, x in added.items()}
 
 
@@ -87,6 +86,12 @@ def shown_pairs(batch: int, queries: int, keys: int, keywords: Keywords) -> dict
     if mask is not None:
         shown["mask"] = np.asarray(mask)
     return shown
+
+
+def counted(heads: int, length: int, keywords: Keywords) -> Floats:
+    """[H, N, N]: the logarithm of how many branches of dilated attention show a pair."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(np.sum(branches(heads, length, keywords), axis=0)))
 
 
 def branches(heads: int, length: int, keywords: Keywords) -> list[Bools]:

@@ -20,19 +20,12 @@ def uncapped(problem: Problem, dealt: Dealt) -> Answer:
     return right(replace(problem, softcap=None))
 
 
-def nan_of(empty: Callable[[Problem, Dealt], Bools]) -> Answers:
-    """NaN in the rows that ``empty`` [B, H, S, 1] says; how far it spreads in gradients depends on the framework."""
-    return rows_with(np.nan, empty)
-
-
 def rows_with(value: float, lost: Callable[[Problem, Dealt], Bools]) -> Answers:
-    """``value`` in the rows that ``lost`` [B, H, S, 1] says; nothing is said of gradients then."""
+    """``value`` in the rows that ``lost`` [B, H, S, 1] says; then nothing is said of gradients."""
 
     def answer(problem: Problem, dealt: Dealt) -> Answer:
-        due, rows = (
-            backward(problem, right_weights(problem)),
-            np.broadcast_to(lost(problem, dealt), (*problem.q.shape[:3], 1)),
-        )
+        due = backward(problem, right_weights(problem))
+        rows = np.broadcast_to(lost(problem, dealt), (*problem.q.shape[:3], 1))
         return Answer(np.where(rows, value, due.out), None, None, None) if rows.any() else due.answer
 
     return answer

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ringcore.testing.dense import lse_of, right_weights, softmax
-from ringcore.testing.meaning import branches
+from ringcore.testing.meaning import branches, counted
 from ringcore.testing.problem import Bools, Dealt, Floats, Problem
 
 Weights = Callable[[Problem, Dealt], Floats]
@@ -184,7 +184,7 @@ def other_way(problem: Problem, dealt: Dealt) -> Bools:
 
 
 def short_by_a_shard(problem: Problem, dealt: Dealt) -> Bools:
-    """Keys of earlier ranks alone, and of those as if the query was as far before them as it is behind."""
+    """A diagonal that lies a shard too far to the left; a ring of one is spared."""
     rows, columns = np.arange(problem.q.shape[2])[:, None], np.arange(problem.positions)[None, :]
     shard = len(dealt.columns[0]) if dealt.size > 1 else 0
     return np.asarray(columns <= rows - shard)
@@ -267,9 +267,7 @@ def blocks_of_heads(problem: Problem, dealt: Dealt) -> Floats:
     lengths, rates = zip(*problem.dilation, strict=True)
     keywords = {"segment_lengths": lengths, "dilation_rates": rates, "head_offset": "block"}
     heads, positions = problem.q.shape[1], problem.positions
-    with np.errstate(divide="ignore"):
-        times = np.log(sum(branches(heads, positions, keywords), np.zeros((heads, positions, positions))))
-    return right_weights(replace(problem, added={**problem.added, "dilated": times}))
+    return right_weights(replace(problem, added={**problem.added, "dilated": counted(heads, positions, keywords)}))
 
 
 def branches_averaged(problem: Problem, dealt: Dealt) -> Floats:
