@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ def pytest_addoption(parser):
     group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi, cupy-: mpiexec; gloo, nccl: torchrun")
     group.addoption("--cases", default="pairwise", choices=("few", "fused", "pairwise", "all"), help="how much of it")
     group.addoption("--part", default="1/1", help="K/N: of every N cases the Kth, for launches side by side")
+    group.addoption("--alike", help="LAYOUT-SIZE-SHAPE of all cases, for libraries that compile for every shape")
     group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
     group.addoption("--record", type=Path, help="add counts, hardware, versions and command to this JSON file")
 
@@ -58,5 +60,8 @@ def pytest_generate_tests(metafunc):
     if chosen != "fused":
         for further in BACKENDS[metafunc.config.getoption("--backend")].further_cases:
             cases += further(sizes)
+    if alike := metafunc.config.getoption("--alike"):
+        layout, size, shape = alike.split("-")
+        cases = [replace(case, layout=layout, size=int(size), shape=shape) for case in cases]
     place, parts = map(int, metafunc.config.getoption("--part").split("/"))
     metafunc.parametrize("case", list(dict.fromkeys(cases))[place - 1 :: parts], ids=str)

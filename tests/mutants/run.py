@@ -1,6 +1,7 @@
 """Whether the suite kills every mutant: ``python tests/mutants/run.py [--only NAME ...] [--jobs N]``.
 
-The tests named by the table must pass on a copy of the tree, and then fail on each copy with one mutant planted in it.
+The tests named by the table must fail on a copy of the tree with the mutant planted in it, and those that failed must
+pass on a copy without any.
 A mutant is stale if its source text does not occur exactly once. The exit status is 0 only if all were killed.
 """
 
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from mutants import MUTANTS  # noqa: E402
 
 TREE = ("ringcore", "adapters", "tests", "pyproject.toml")
 DEADLINE = 60  # seconds for one run of pytest, which takes two or three of them
-TOGETHER = 600  # the same, where the tests of many mutants run at once
+TOGETHER = 600  # the same, where the tests that killed many mutants run at once
 PATIENCE = 5  # seconds that a rank of a mutant waits for its peers
 SHARED_MEMORY = Path("/dev/shm")
 WAITING = {"RingTimeout", "PeerError", "TimeoutExpired"}  # how tests fail whose ranks wait for ever
@@ -52,12 +52,13 @@ class Ran:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How it ended for a mutant, in words."""
+    """How it ended for a mutant, in words, and the test that killed it: None if it hung before one could fail."""
 
     killed: bool
     words: str
     seconds: float = 0.0
     output: str = ""
+    test: str | None = None
 
 
 def copy_tree(to: Path) -> None:
@@ -93,10 +94,9 @@ def started(ranks: int, launcher: str) -> list[str]:
     return [*mpiexec, sys.executable]
 
 
-def run(tree: Path, tests: str, only: str, ranks: int, launcher: str, deadline: float = DEADLINE) -> Ran:
+def run(tree: Path, tests: Sequence[str], ranks: int, launcher: str, deadline: float = DEADLINE) -> Ran:
     """Run pytest on the tree's own code, until its first failure."""
-    command = [*started(ranks, launcher), "-m", "pytest", "-q", "-x", "-p", "witness", *shlex.split(tests)]
-    command += ["-k", only] if only else []
+    command = [*started(ranks, launcher), "-m", "pytest", "-q", "-x", "-p", "witness", *tests]
     written, start = tree / "witness.jsonl", time.monotonic()
     environment = {
         **os.environ,
@@ -156,7 +156,7 @@ def judge(mutant: Mutant, ran: Ran) -> Verdict:
     for failure in ran.failures:
         named = [name for name in failure["errors"] if name in due]
         if named and ran.status != 0:
-            return Verdict(True, f"{failure['test']}: {named[0]}", ran.seconds)
+            return Verdict(True, f"{failure['test']}: {named[0]}", ran.seconds, test=failure["test"])
     if ran.status is None:
         return Verdict(mutant.hangs, f"hangs for {DEADLINE} s", ran.seconds, ran.output)
     if ran.status == 0:
@@ -167,6 +167,11 @@ def judge(mutant: Mutant, ran: Ran) -> Verdict:
     return Verdict(False, f"no kill: exit status {ran.status}, but no test failed", ran.seconds, ran.output)
 
 
+def tests_of(mutant: Mutant) -> list[str]:
+    """What pytest is given for it."""
+    return [*shlex.split(mutant.tests), *(["-k", mutant.only] if mutant.only else [])]
+
+
 def put_to_the_test(mutant: Mutant) -> Verdict:
     """Plant one mutant in a tree of its own and run its tests."""
     with tempfile.TemporaryDirectory(prefix="ringcore-mutant-", ignore_cleanup_errors=True) as folder:
@@ -175,32 +180,39 @@ def put_to_the_test(mutant: Mutant) -> Verdict:
         wrong = plant(mutant, tree)
         if wrong:
             return Verdict(False, wrong)
-        return judge(mutant, run(tree, mutant.tests, mutant.only, mutant.ranks, mutant.launcher))
+        return judge(mutant, run(tree, tests_of(mutant), mutant.ranks, mutant.launcher))
 
 
-def sound(mutants: Sequence[Mutant], workers: ThreadPoolExecutor) -> bool:
-    """Whether all the named tests pass on the tree as it is; says which do not."""
+def without_mutants(killed: Sequence[tuple[Mutant, Verdict]]) -> list[tuple[list[str], int, str]]:
+    """The runs, each its tests, ranks and launcher, of what killed: those of like options at once."""
+    together: dict[tuple[tuple[str, ...], int, str], dict[str, None]] = {}
+    alone = []
+    for mutant, verdict in killed:
+        if verdict.test is None:
+            alone.append((tests_of(mutant), mutant.ranks, mutant.launcher))
+            continue
+        words = shlex.split(mutant.tests)
+        options = tuple(words[next((i for i, word in enumerate(words) if word.startswith("-")), len(words)) :])
+        together.setdefault((options, mutant.ranks, mutant.launcher), {})[verdict.test] = None
+    return [([*tests, *options], *how) for (options, *how), tests in together.items()] + alone
+
+
+def sound(killed: Sequence[tuple[Mutant, Verdict]], workers: ThreadPoolExecutor) -> bool:
+    """Whether all the tests that killed pass on the tree as it is; says which do not."""
     with tempfile.TemporaryDirectory(prefix="ringcore-mutant-", ignore_cleanup_errors=True) as folder:
         runs = []
-        ordered = sorted(mutants, key=lambda m: (m.tests, m.ranks, m.launcher))
-        for (tests, ranks, launcher), group in groupby(ordered, key=lambda m: (m.tests, m.ranks, m.launcher)):
-            chosen = {mutant.only for mutant in group}
-            only = "" if "" in chosen else " or ".join(f"({each})" for each in sorted(chosen))
-            tree = Path(folder).resolve() / str(len(runs))
+        for place, (tests, ranks, launcher) in enumerate(without_mutants(killed)):
+            tree = Path(folder).resolve() / str(place)
             tree.mkdir()
             copy_tree(tree)
-            runs.append(
-                (
-                    f"{tests} -k '{only}' on {ranks} ranks",
-                    workers.submit(run, tree, tests, only, ranks, launcher, TOGETHER),
-                )
-            )
+            runs.append((tests, ranks, workers.submit(run, tree, tests, ranks, launcher, TOGETHER)))
         fine = True
-        for words, future in runs:
+        for tests, ranks, future in runs:
             ran = future.result()
             if ran.status != 0 or ran.failures or ran.strangers:
                 fine = False
-                print(f"fails without any mutant: {words} (exit status {ran.status})\n{ran.output}")
+                words = f"{shlex.join(tests)} on {ranks} ranks (exit status {ran.status})"
+                print(f"fails without any mutant: {words}\n{ran.output}")
     return fine
 
 
@@ -216,20 +228,20 @@ def main() -> int:
     start, width = time.monotonic(), max(len(mutant.name) for mutant in chosen)
     segments = set(SHARED_MEMORY.glob("mpich_shm_*"))
     with ThreadPoolExecutor(options.jobs) as workers:
-        if not sound(chosen, workers):
-            return 1
-        print(f"the tests pass without a mutant: {time.monotonic() - start:.0f} s", flush=True)
-        alive = []
+        alive, killed = [], []
         for mutant, verdict in zip(chosen, workers.map(put_to_the_test, chosen), strict=True):
             print(f"{mutant.name:<{width}}  {verdict.seconds:5.1f} s  {verdict.words}", flush=True)
-            if not verdict.killed:
+            if verdict.killed:
+                killed.append((mutant, verdict))
+            else:
                 alive.append(mutant.name)
                 print(verdict.output[-1500:], end="", flush=True)
+        fine = sound(killed, workers)
     sweep(segments)
     print(f"{len(chosen) - len(alive)} of {len(chosen)} mutants killed in {time.monotonic() - start:.0f} s")
     for name in alive:
         print(f"not killed: {name}")
-    return 1 if alive else 0
+    return 0 if fine and not alive else 1
 
 
 if __name__ == "__main__":

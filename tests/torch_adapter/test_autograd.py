@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 import ringcore
 
 pytestmark = pytest.mark.timeout(120)
+
+# Along random directions, for one by one takes a minute where there is a bias; where Torch multiplies atol by hundreds.
+gradcheck = partial(torch.autograd.gradcheck, fast_mode=True, atol=1e-8)
 
 
 def draw(batch=1, heads=4, key_heads=2, rows=7, keys=7, width=4, values=3, dtype=torch.float64, grad=True):
@@ -272,7 +276,7 @@ def test_the_error_of_fused_kernels_does_not_grow_with_the_ring(dtype):
         ]
 
     allowed = 1.2 if dtype == torch.float32 else 1.3  # the kernels round each tile to half, a ring of 1 only once
-    medians = [torch.tensor([errors(seed, size) for seed in range(5)]).median(0).values for size in (1, 64)]
+    medians = [torch.tensor([errors(seed, size) for seed in range(3)]).median(0).values for size in (1, 64)]
     for name, alone, ring in zip(("out", "dq", "dk", "dv"), *medians, strict=True):
         print(f"\n{dtype} {name}: {alone:.3g} at ring 1, {ring:.3g} at ring 64", end="")
         assert ring <= allowed * alone, name
