@@ -147,12 +147,10 @@ def transformers(session: nox.Session) -> None:
 
 @nox.session
 def jax(session: nox.Session) -> None:
-    """JAX on the CPU, eager: each keyword once, on one layout and shape, for it compiles every operation for each."""
+    """JAX on the CPU, eager: every third keyword, all else alike, for it compiles every operation for every shape."""
     install(session, "test", JAX)
-    # One case for each keyword in float32 or float64, then one in a half type: an odd number of keywords, so that every
-    # second case is one or the other.
-    what = ("--cases=few", "--part=1/2", "--alike=contiguous-2-grouped", "-k", "gradients or decoded or resumed")
-    pytest(session, CONFORMANCE, "--backend", "jax", *what, *session.posargs)
+    few = ("--cases=few", "--alike=contiguous-2-grouped-float32-bhsd", "--part=1/3")
+    pytest(session, CONFORMANCE, "--backend", "jax", *few, *session.posargs)
     pytest(session, "tests/test_check_attention.py", "-k", "jax")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import recording
 from backends import BACKENDS, RINGS
-from cases import RING_SIZES, every_case, few_cases, fused_cases, pairwise_cases
+from cases import RING_SIZES, Case, every_case, few_cases, fused_cases, pairwise_cases
 from launched import world
 
 
@@ -18,7 +17,7 @@ def pytest_addoption(parser):
     group.addoption("--ring", default="local", choices=sorted(RINGS), help="mpi, cupy-: mpiexec; gloo, nccl: torchrun")
     group.addoption("--cases", default="pairwise", choices=("few", "fused", "pairwise", "all"), help="how much of it")
     group.addoption("--part", default="1/1", help="K/N: of every N cases the Kth, for launches side by side")
-    group.addoption("--alike", help="LAYOUT-SIZE-SHAPE of all cases, for libraries that compile for every shape")
+    group.addoption("--alike", help="LAYOUT-SIZE-SHAPE-DTYPE-AXES of all cases, where each is compiled")
     group.addoption("--largest-ring", type=int, default=max(RING_SIZES), help="leave out larger rings")
     group.addoption("--record", type=Path, help="add counts, hardware, versions and command to this JSON file")
 
@@ -61,7 +60,7 @@ def pytest_generate_tests(metafunc):
         for further in BACKENDS[metafunc.config.getoption("--backend")].further_cases:
             cases += further(sizes)
     if alike := metafunc.config.getoption("--alike"):
-        layout, size, shape = alike.split("-")
-        cases = [replace(case, layout=layout, size=int(size), shape=shape) for case in cases]
+        layout, size, *others = alike.split("-")
+        cases = [Case(case.feature, layout, int(size), *others) for case in cases]
     place, parts = map(int, metafunc.config.getoption("--part").split("/"))
     metafunc.parametrize("case", list(dict.fromkeys(cases))[place - 1 :: parts], ids=str)
