@@ -58,7 +58,7 @@ def pytest(
 
 
 def conform(session: nox.Session, backend: str, rings: Sequence[str], ranks: int, launcher: str = "mpiexec") -> None:
-    """The suite of one library on so many ranks, its cases dealt to the rings: `full` runs all on each."""
+    """The suite of one library on so many ranks, its cases dealt to the rings."""
     for place, ring in enumerate(rings, 1):
         what = ["--backend", backend, "--ring", ring, "--part", f"{place}/{len(rings)}", *session.posargs]
         pytest(session, CONFORMANCE, *what, ranks=ranks, launcher=launcher)

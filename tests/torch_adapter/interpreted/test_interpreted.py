@@ -27,7 +27,7 @@ class Interpreted(Triton):
 
 
 KERNELS = Interpreted()
-GROUPED = 2, 2, 1, 37, 53, 8, 12
+GROUPED = 2, 4, 2, 37, 53, 8, 12
 
 
 @pytest.mark.parametrize("name", NAMES)
