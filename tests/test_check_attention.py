@@ -51,6 +51,12 @@ def test_ringcore_passes_on_torch_with_gradients():
     assert {name for _, _, name in report.errors} == {"out", "dq", "dk", "dv"}
 
 
+def test_no_gpu_is_named_where_arrays_are_on_none():
+    assert library_of("numpy", "float32").gpu() is None
+    torch()
+    assert library_of("torch", "float32", "cpu").gpu() is library_of("torch", "float32").gpu() is None
+
+
 def test_chunks_softmaxed_by_themselves_are_told():
     words = words_about(chunked)
     assert words.startswith("softmax per chunk, summed over chunks: the weights of a row sum to the number of chunks")

@@ -50,6 +50,49 @@ def test_all_that_is_ringcore_is_right():
     assert wrong == []
 
 
+def test_a_card_that_needs_more_gpus_than_there_are_is_passed_by_and_said_so(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(score, "run", lambda card, folder: ran.append(card["name"]))
+    monkeypatch.setattr(score, "gpus", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["score.py", "run"])
+    score.main()
+    assert set(CARDS) - set(ran) == {name for name, card in CARDS.items() if card.get("gpus", 0) > 1}
+    assert "ringcore-torch-cuda" in ran
+    assert "ringcore-torch-gpus: not run; it needs GPUs, 4 of them, and there are 1" in capsys.readouterr().out
+
+
+def test_gpus_are_those_that_the_driver_lists(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert score.gpus() == 0
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "GPU 0: one (UUID: GPU-1)"\necho "GPU 1: another (UUID: GPU-2)"\n')
+    program.chmod(0o755)
+    assert score.gpus() == 2
+
+
+@pytest.mark.parametrize(("asked", "due"), [("cpu", "flash_attn_on_cpu"), ("gpu", "flash_attn_stand_in")])
+def test_the_environment_says_what_stands_in_for_flash_attn(monkeypatch, asked, due):
+    pytest.importorskip("torch")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "ring_flash_attn")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("FLASH_ATTN", asked)
+    import flash_attn_here
+
+    before = dict(sys.modules), list(sys.path)
+    try:
+        flash_attn_here.install()
+        from flash_attn import __version__, flash_attn_func
+        from flash_attn.flash_attn_interface import _flash_attn_forward
+
+        assert flash_attn_func.__module__ == _flash_attn_forward.__module__ == due
+        assert __version__ == "2.8.3"
+    finally:
+        sys.path[:] = before[1]
+        for name in set(sys.modules) - set(before[0]):
+            if name.partition(".")[0] in ("flash_attn", "ring_flash_attn"):
+                del sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def stand_in():
     pytest.importorskip("torch")

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,13 @@ def run(card: dict, folder: Path) -> None:
     if not report.exists():
         raise SystemExit(f"{card['name']} left no report:\n{done.stdout}\n{done.stderr}")
     print(f"{card['name']}: status {done.returncode}", flush=True)
+
+
+def gpus() -> int:
+    """How many this machine has of those that CUDA drives."""
+    lists = shutil.which("nvidia-smi")
+    shown = subprocess.run([lists, "-L"], capture_output=True, text=True).stdout if lists else ""
+    return sum(line.startswith("GPU ") for line in shown.splitlines())
 
 
 def table() -> str:
@@ -89,7 +97,8 @@ def outcome(report: dict) -> str:
     # Of an answer once, whichever ranks say it.
     kinds = Counter(kind for kind, _, _ in {(x["kind"], x["question"], x["ring_size"]) for x in report["faults"]})
     said += [f"{kind}: {count} of {report['asked']}" for kind, count in sorted(kinds.items())]
-    return "; ".join(said) if report["diagnoses"] else f"{'; '.join(said)}; the others right"
+    rest = [] if report["diagnoses"] or not report["errors"] else ["the others right"]
+    return "; ".join(said + rest)
 
 
 def main() -> None:
@@ -107,8 +116,13 @@ def main() -> None:
     unknown = set(asked.names) - {card["name"] for card in CARDS["card"]}
     if unknown:
         parser.error(f"no cards {', '.join(sorted(unknown))}")
+    there = gpus()
     for card in CARDS["card"]:
-        if not asked.names or card["name"] in asked.names:
+        if asked.names and card["name"] not in asked.names:
+            continue
+        if there < (due := card.get("gpus", 0)):
+            print(f"{card['name']}: not run; it needs GPUs, {due} of them, and there are {there}", flush=True)
+        else:
             run(card, asked.environments)
 
 

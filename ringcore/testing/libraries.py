@@ -26,6 +26,10 @@ class Library:
     def settle(self, rank: int) -> None:
         """Take the device of this rank, where each has its own."""
 
+    def gpu(self) -> str | None:
+        """The name of the GPU where its arrays are, None if they are on none."""
+        return None
+
     def make(self, x: Floats) -> Any:
         """An array of this library in the dtype that is asked about."""
         return x.astype(self.dtype)
@@ -59,6 +63,12 @@ class Torch(Library):
 
             torch.cuda.set_device(rank % torch.cuda.device_count())
 
+    def gpu(self) -> str | None:
+        """As `Library.gpu`."""
+        import torch
+
+        return torch.cuda.get_device_name() if self.device == "cuda" else None
+
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""
         import torch
@@ -91,6 +101,12 @@ class Jax(Library):
     """JAX's arrays, and its vector-Jacobian products."""
 
     devices = "cpu", "cuda"
+
+    def gpu(self) -> str | None:
+        """As `Library.gpu`."""
+        import jax
+
+        return str(jax.devices("cuda")[0].device_kind) if self.device == "cuda" else None
 
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""
@@ -127,6 +143,12 @@ class CuPy(Library):
         import cupy
 
         cupy.cuda.Device(rank % cupy.cuda.runtime.getDeviceCount()).use()
+
+    def gpu(self) -> str | None:
+        """As `Library.gpu`."""
+        import cupy
+
+        return str(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode())
 
     def make(self, x: Floats) -> Any:
         """As `Library.make`."""

@@ -51,7 +51,12 @@ def main(spec: dict[str, Any], folder: Path) -> None:
     if rank == 0:
         _write(
             folder / "asked.json",
-            {"library": library, "accepts": accepts, "joins": joins, "versions": _versions(spec["target"], library)},
+            {
+                "library": library,
+                "accepts": accepts,
+                "joins": joins,
+                "versions": _versions(spec["target"], library, made.gpu()),
+            },
         )
     (folder / "ready").touch()
     for number in range(spec["first"], len(everything)):
@@ -100,13 +105,16 @@ def _joined(spec: dict[str, Any]) -> tuple[int, Any]:
     return 0, None
 
 
-def _versions(target: str, library: str) -> dict[str, str]:
-    """Of Python, ringcore, the library, and the distribution that the function came from, as far as there are any."""
+def _versions(target: str, library: str, gpu: str | None) -> dict[str, str]:
+    """Of Python, ringcore, the library, and the distribution that the function came from, as far as there are any.
+
+    And the name of the GPU, if arrays are on one.
+    """
     packages = {library, target.partition(".")[0].partition(":")[0]}
     owners = packages_distributions()
     names = sorted({name for package in packages for name in owners.get(package, ())})
     known = {"python": platform.python_version(), "ringcore": ringcore.__version__}
-    return {**known, **{name: version(name) for name in names}}
+    return {**known, **{name: version(name) for name in names}, **({} if gpu is None else {"gpu": gpu})}
 
 
 def _await(begun: Path, number: int) -> None:

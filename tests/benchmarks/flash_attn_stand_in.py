@@ -1,6 +1,6 @@
-"""The private functions of flash_attn 2 that ring-flash-attn calls, over the FlashAttention-2 kernels in torch.
+"""What rings call of flash_attn 2, most of it private functions, over the FlashAttention-2 kernels in torch.
 
-So that package runs, unmodified, where flash_attn 2 cannot be installed. The kernels are the same; torch returns the
+So ring-flash-attn and yunchang run, unmodified, where flash_attn 2 cannot be installed. The kernels are the same; torch returns the
 gradients in new memory, so that backward costs a copy of dq, dk and dv more than with flash_attn: at 32,768 positions
 on two H100s about 0.3 ms of some 27, by the bytes moved (not measured). What its causal rings do not ask for is refused.
 """
@@ -13,12 +13,13 @@ from types import ModuleType
 import torch
 
 Tensor = torch.Tensor
+__version__ = "2.8.3"  # the release whose arguments the functions take
 
 
 def install() -> None:
-    """Make ``flash_attn.flash_attn_interface`` this module; what else lives in ``flash_attn`` stays importable.
+    """Make ``flash_attn`` and ``flash_attn.flash_attn_interface`` have what this module has.
 
-    flash-attn-4 does, as ``flash_attn.cute``.
+    What else lives in ``flash_attn`` stays importable: flash-attn-4 does, as ``flash_attn.cute``.
     """
     try:
         import flash_attn
@@ -28,7 +29,19 @@ def install() -> None:
         sys.modules["flash_attn"] = flash_attn
     this = sys.modules[__name__]
     flash_attn.flash_attn_interface = this
+    flash_attn.flash_attn_func, flash_attn.__version__ = flash_attn_func, __version__
     sys.modules["flash_attn.flash_attn_interface"] = this
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Tensor:  # fmt: skip
+    """out [B, S, H, D] of q [B, S, H, D] over k and v [B, T, Hk, D], with gradients."""
+    _refuse(dropout_p, softcap, alibi_slopes, deterministic=deterministic, return_attn_probs=return_attn_probs)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return _forward(q, k, v, (None, None, q.shape[1], k.shape[1]), scale, causal, _window(*window_size))[0]
 
 
 def _flash_attn_forward(

@@ -31,6 +31,11 @@ def test_each_rank_has_its_device():
         before.use()
 
 
+def test_a_report_can_name_the_gpu():
+    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+    assert library_of("cupy", "float32").gpu() == name
+
+
 def test_its_arrays_are_never_on_the_cpu():
     with pytest.raises(ValueError, match="device is 'cpu'; arrays of cupy are on cuda"):
         ask(ringcore.ring_attention, library="cupy", device="cpu")

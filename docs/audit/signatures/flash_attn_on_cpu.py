@@ -9,7 +9,6 @@ dtype. It has neither dropout nor alibi.
 
 import sys
 from itertools import pairwise
-from types import ModuleType
 
 import torch
 
@@ -138,7 +137,3 @@ def install():
     """Be flash_attn for what is imported from now on."""
     here = sys.modules[__name__]
     sys.modules |= {"flash_attn": here, "flash_attn.flash_attn_interface": here}
-    # ring-flash-attn patches transformers as it is imported; no attention is in that part.
-    adapters = ModuleType("ring_flash_attn.adapters")
-    adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
-    sys.modules.setdefault("ring_flash_attn.adapters", adapters)

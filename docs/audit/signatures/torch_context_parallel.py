@@ -26,8 +26,8 @@ def attention(function, q, k, v, *, ring_size, causal=False, scale=None, **joine
 
 
 @cache
-def mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+def mesh(device):
+    return init_device_mesh(device, (dist.get_world_size(),))
 
 
 class _Rows(torch.autograd.Function):
@@ -45,12 +45,13 @@ class _Rows(torch.autograd.Function):
 def _run(function, named, shards, dout=None):
     """This rank's rows of out, and with dout of the gradients."""
     buffers = [_gathered(x) for x in (shards if dout is None else (*shards, dout))]
-    with function(mesh(), buffers=buffers, buffer_seq_dims=[2] * len(buffers), no_restore_buffers=set(buffers)):
+    ranks = mesh(buffers[0].device.type)
+    with function(ranks, buffers=buffers, buffer_seq_dims=[2] * len(buffers), no_restore_buffers=set(buffers)):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(dout is not None) for x in buffers[:3]]
             out = torch.nn.functional.scaled_dot_product_attention(*leaves, **named)
         parts = [out.detach()] if dout is None else [out.detach(), *torch.autograd.grad(out, leaves, buffers[3])]
-        whole = context_parallel_unshard(mesh(), parts, [2] * len(parts))
+        whole = context_parallel_unshard(ranks, parts, [2] * len(parts))
     return [x.chunk(dist.get_world_size(), 2)[dist.get_rank()].contiguous() for x in whole]
 
 

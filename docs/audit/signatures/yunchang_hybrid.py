@@ -1,14 +1,14 @@
-"""LongContextAttention of yunchang, over flash_attn_on_cpu: audit with --launcher torchrun, contiguous, 2 or 4 ranks.
+"""LongContextAttention of yunchang, over flash_attn_here: audit with --launcher torchrun, contiguous, 2 or 4 ranks.
 
 Ulysses over pairs of ranks, the basic ring over as many pairs as there are. In float16 or bfloat16.
 """
 
 from functools import cache
 
-import flash_attn_on_cpu
+import flash_attn_here
 import torch.distributed as dist
 
-flash_attn_on_cpu.install()
+flash_attn_here.install()
 
 ACCEPTS = "causal", "grouped", "window", "scale", "softcap"
 LIBRARY = "torch"

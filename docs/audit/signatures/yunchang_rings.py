@@ -1,13 +1,13 @@
-"""The ring functions of yunchang, over flash_attn_on_cpu: audit with --launcher torchrun, in float16 or bfloat16.
+"""The ring functions of yunchang, over flash_attn_here: audit with --launcher torchrun, in float16 or bfloat16.
 
 ring_flash_attn_func goes with --layout contiguous, zigzag_ring_flash_attn_func with zigzag, stripe_flash_attn_func with
 striped; the last two refuse attention that is not causal. Without --only causal,grouped,scale,softcap window_size is
 asked too.
 """
 
-import flash_attn_on_cpu
+import flash_attn_here
 
-flash_attn_on_cpu.install()
+flash_attn_here.install()
 
 ACCEPTS = "causal", "grouped", "window", "scale", "softcap"
 LIBRARY = "torch"

@@ -1,7 +1,7 @@
 """The basic ring of yunchang over its AttnType.TORCH_EFFICIENT: audit with --launcher torchrun, --no-gradients.
 
-torch has that operator for GPUs alone; a dense one stands in for it here, whose lse is float32 like the operator's own.
-What yunchang makes of its results is its own. The README says that it has no backward.
+torch has that operator for GPUs alone; for tensors on the CPU a dense one stands in for it here, whose lse is float32
+like the operator's own. What yunchang makes of its results is its own. The README says that it has no backward.
 """
 
 import torch
@@ -22,7 +22,8 @@ def attention(function, q, k, v, *, ring_size, ring=None, causal=False, scale=No
     import yunchang.kernels.attention as theirs
     from yunchang.kernels import AttnType
 
-    theirs._scaled_dot_product_efficient_attention = efficient
+    if not q.is_cuda:
+        theirs._scaled_dot_product_efficient_attention = efficient
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out = function(q, k, v, causal=causal, softmax_scale=scale, group=ring, attn_type=AttnType.TORCH_EFFICIENT)
     return out.transpose(1, 2)

@@ -1,11 +1,11 @@
-"""UlyssesAttention of yunchang, over flash_attn_on_cpu: audit with --launcher torchrun, contiguous, 1 or 2 ranks.
+"""UlyssesAttention of yunchang, over flash_attn_here: audit with --launcher torchrun, contiguous, 1 or 2 ranks.
 
 It deals heads, so there are no more ranks than key heads, of which the questions have two. In float16 or bfloat16.
 """
 
-import flash_attn_on_cpu
+import flash_attn_here
 
-flash_attn_on_cpu.install()
+flash_attn_here.install()
 
 ACCEPTS = "causal", "grouped", "window", "scale", "softcap"
 LIBRARY = "torch"
