@@ -305,7 +305,7 @@ def cupy(session: nox.Session) -> None:
 def cupy_ring(session: nox.Session) -> None:
     """A ring of 2 GPUs under mpiexec, by each carrier but MPI's own; fails without them."""
     install(session, "test,mpich,cudnn", *(session.posargs or ["cupy-cuda13x", "nvidia-cudnn-cu13"]))
-    for ring in ("mpi", "cupy-nccl", "cupy-host"):
+    for ring in ("mpi", "mpi-grid", "cupy-nccl", "cupy-host"):
         pytest(session, CONFORMANCE, "--backend", "cupy", "--ring", ring, ranks=2)
     pytest(session, "tests/cupy_gpu/ring", ranks=2)
 
@@ -323,7 +323,7 @@ def torch_cuda_ring(session: nox.Session) -> None:
     """A ring of 2 GPUs, over each other's memory and over NCCL; fails without them."""
     install(session, "test", *(session.posargs or [TORCH]))
     under = {"ranks": 2, "launcher": "torchrun"}
-    for ring in ("gloo", "nccl"):
+    for ring in ("gloo", "gloo-grid", "nccl"):
         pytest(session, CONFORMANCE, "--backend", "torch-cuda", "--ring", ring, **under)
     pytest(session, "tests/torch_adapter/gpus/world", **under)
     pytest(session, "tests/torch_adapter/gpus/test_launch_gpus.py", alone=True)
