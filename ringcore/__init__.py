@@ -3,7 +3,7 @@
 from ringcore.api import ring_attention, ring_attention_vjp
 from ringcore.arguments import Inputs
 from ringcore.balance import balanced
-from ringcore.call import Call, Result, check_output_gradients
+from ringcore.call import Call, check_output_gradients
 from ringcore.decoding import decode_attention
 from ringcore.dilated import dilated_attention, dilated_attention_vjp
 from ringcore.discovery import find_ring, find_transport
@@ -31,6 +31,7 @@ from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths,
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name
 from ringcore.partition import shard, unshard
+from ringcore.prepared import Result
 from ringcore.protocols import Kernels, OneSided, Pending, Reducing, Sharing, Transport
 from ringcore.routes import DoubleRing
 from ringcore.values import Array, Band, Blocks, Capabilities, Gradients, Move, Plan, Score, Spec, Step, Tile

@@ -18,7 +18,7 @@ from ringcore.arguments import (
     swap_axes,
     within_range,
 )
-from ringcore.call import Call, Known
+from ringcore.call import Call
 from ringcore.discovery import find_arithmetic, find_transport
 from ringcore.errors import KeywordError, LayoutError, TransportError
 from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
@@ -27,6 +27,7 @@ from ringcore.merge import fields
 from ringcore.partial import Partial, dtype_name
 from ringcore.partition import shard, unshard
 from ringcore.protocols import Kernels, Reducing, Sharing, Transport
+from ringcore.remembered import Known
 from ringcore.ring import ring as ring_loop
 from ringcore.schedule import query_plans, ring_plans, rows_moved
 from ringcore.session import gathered, run_plans

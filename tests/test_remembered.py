@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ringcore
+from ringcore import remembered
 from ringcore.call import Call
 
 
@@ -88,3 +89,27 @@ def test_documents_that_change_in_place_are_read_anew():
     first = ringcore.ring_attention(q, k, v, documents=ids)
     ids[3:] = 1
     assert not np.array_equal(first, ringcore.ring_attention(q, k, v, documents=ids))
+
+
+def test_a_full_memory_forgets_for_what_is_new_alone(chosen):
+    lengths = [100 + n for n in range(remembered._KEPT)]
+    for rows in (*lengths, *lengths):
+        ringcore.ring_attention(*draw(rows=rows), scale=0.75)
+    assert len(chosen) == len(lengths)
+    for rows in (99, 100):
+        ringcore.ring_attention(*draw(rows=rows), scale=0.75)
+    assert len(chosen) == len(lengths) + 2
+
+
+def test_a_full_memory_of_a_ring_forgets_for_new_keywords_alone():
+    class Ring:
+        """Of which a weak reference can be had."""
+
+    ring, other = Ring(), Ring()
+    scales = range(remembered._KEPT)
+    of_other = remembered.memory_of({"scale": 0}, other)
+    memories = [remembered.memory_of({"scale": scale}, ring) for scale in scales]
+    assert all(memory is remembered.memory_of({"scale": scale}, ring) for scale, memory in enumerate(memories))
+    remembered.memory_of({"scale": -1}, ring)
+    assert memories[0] is not remembered.memory_of({"scale": 0}, ring)
+    assert of_other is remembered.memory_of({"scale": 0}, other)

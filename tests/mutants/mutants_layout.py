@@ -257,7 +257,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients of replicated keys of the first rank alone",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         "sums = {name: add_all(shares[name])",
         "sums = {name: add_all(shares[name][:1])",
         RING,
@@ -284,7 +284,7 @@ MUTANTS = (
     ),
     Mutant(
         "mask of positions ignored",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         "masks = [OfHeads(arguments.mask_of, heads, arguments.q.shape[1]) if some else arguments.mask_of] * len(qs)",
         "pass",
         RING,
@@ -452,7 +452,7 @@ MUTANTS = (
     ),
     Mutant(
         "one layout for q and for k",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         'session.split("k", (arguments.k, arguments.v))',
         'session.split("q", (arguments.k, arguments.v))',
         RING,
@@ -508,7 +508,7 @@ MUTANTS = (
     ),
     Mutant(
         "the partial that is resumed is written to",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         "self._xp.asarray(x, copy=True)",
         "x",
         "tests/test_resumption.py",

@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         "the same weights dropped in every part of the heads",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         "replace(arguments.score, first_head=heads.start) if heads.start else arguments.score",
         "arguments.score",
         GRID,
@@ -28,7 +28,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients of sinks at the places of other heads",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         "(slice(None),) * axis + (self.session.heads(like.shape[axis]), ...), share)",
         "(slice(None),) * axis + (slice(0, share.shape[axis]), ...), share)",
         GRID,

@@ -103,7 +103,7 @@ MUTANTS = (
     ),
     Mutant(
         "half lse: returned in the dtype of q",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         "return Partial(self.wide, self.maximum, self.total).lse",
         "return Partial(self.wide, self.maximum, self.total).lse.astype(self.out.dtype)",
         PRECISION,
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     Mutant(
         "out left in the accumulation dtype",
-        "ringcore/call.py",
+        "ringcore/prepared.py",
         "return Result(self._xp.astype(wide, dtype, copy=False), wide, maximum, total)",
         "return Result(wide, wide, maximum, total)",
         PRECISION,

@@ -96,7 +96,7 @@ def test_two_hundred_calls_keep_their_memory(world):
 
 def test_a_rank_that_fails_between_the_agreement_and_the_ring_tells_the_others(group, monkeypatch):
     """Memory that ran out there, say: nobody waits until the deadline."""
-    import ringcore.call
+    import ringcore.prepared
 
     size = dist.get_world_size()
     ring = group(size)
@@ -105,7 +105,7 @@ def test_a_rank_that_fails_between_the_agreement_and_the_ring_tells_the_others(g
         def no_memory(q):
             raise MemoryError("planted")
 
-        monkeypatch.setattr(ringcore.call, "find_arithmetic", no_memory)
+        monkeypatch.setattr(ringcore.prepared, "find_arithmetic", no_memory)
     x = torch.ones(1, 1, 4, 8)
 
     def twice():  # a rank that had all it needed hears of it in its next call
