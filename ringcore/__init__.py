@@ -1,7 +1,6 @@
 """Exact attention over a sequence that is split across a ring of processes or devices."""
 
 from ringcore.api import ring_attention, ring_attention_vjp
-from ringcore.arguments import Inputs
 from ringcore.balance import balanced
 from ringcore.call import Call, check_output_gradients
 from ringcore.decoding import decode_attention
@@ -27,6 +26,7 @@ from ringcore.errors import (
 from ringcore.exchange import places_at_home
 from ringcore.explanation import Explanation, explain
 from ringcore.grid import Grid, grid_of
+from ringcore.inputs import Inputs
 from ringcore.layout import Layout, contiguous, from_lengths, layout_of_lengths, resolve_layout, striped, zigzag
 from ringcore.merge import empty_partial, merge
 from ringcore.partial import Partial, accumulation_dtype, dtype_name

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
 
-from ringcore.arguments import Arguments, library_name
+from ringcore.arguments import Arguments
 from ringcore.documents import Documents
 from ringcore.errors import AgreementError, PeerError
+from ringcore.inputs import library_name
 from ringcore.layout import Layout
 from ringcore.partial import device_kind
 from ringcore.protocols import Members

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ringcore.arguments import Arguments, Inputs, check_detached, check_flag, swap_axes
+from ringcore.arguments import Arguments
 from ringcore.call import Call, check_output_gradients
 from ringcore.discovery import autograd_adapter
 from ringcore.errors import KeywordError
+from ringcore.inputs import Inputs, check_detached, swap_axes
+from ringcore.keywords import check_flag
 from ringcore.layout import Layout
 from ringcore.partial import Partial
 from ringcore.positions import Mask

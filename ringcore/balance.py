@@ -7,10 +7,10 @@ from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any
 
-from ringcore.arguments import check_flag, check_window
 from ringcore.documents import read_documents
 from ringcore.errors import KeywordError, LayoutError
 from ringcore.integers import integers_of_entries, is_integer
+from ringcore.keywords import check_flag, check_window
 from ringcore.layout import NAMED, Layout
 from ringcore.schedule import ring_plans
 from ringcore.tiling import Visibility, tiles_between

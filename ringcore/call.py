@@ -9,20 +9,14 @@ from typing import Any
 import array_api_compat
 
 from ringcore.agreement import Note, agree, common_of
-from ringcore.arguments import (
-    Arguments,
-    Inputs,
-    check_arguments,
-    check_array,
-    check_detached,
-    conversion,
-    library_name,
-)
+from ringcore.arguments import Arguments, check_arguments
+from ringcore.backward_work import travels_narrow
 from ringcore.discovery import choose_kernels, find_arithmetic, find_ring
 from ringcore.documents import read_documents
 from ringcore.errors import DeviceError, DtypeError, KeywordError, LayoutError, ShapeError, TransportError
 from ringcore.grid import Grid, check_for_grid
 from ringcore.grid_session import GridSession
+from ringcore.inputs import Inputs, check_array, check_detached, conversion, library_name
 from ringcore.integers import is_integer
 from ringcore.layout import AUTO, Layout
 from ringcore.partial import dtype_name
@@ -33,7 +27,6 @@ from ringcore.remembered import Known, Memory, keep, memory_of, signature_of
 from ringcore.routes import RING, Schedule
 from ringcore.session import LocalSession, ProcessSession, Session
 from ringcore.values import Array
-from ringcore.work import travels_narrow
 
 _TRAVEL = "whether gradients travel in a half type (the kernels decide: give the same kernels= on every rank)"
 GRADIENTS = ("q", "k", "v", "bias", "sinks", "prefix_k", "prefix_v")

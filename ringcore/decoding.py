@@ -8,19 +8,13 @@ from functools import lru_cache, reduce
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from ringcore.agreement import Note, agree, common_of, with_further
-from ringcore.arguments import (
-    Arguments,
-    Inputs,
-    check_columns,
-    check_detached,
-    check_key_lengths,
-    check_offsets,
-    swap_axes,
-    within_range,
-)
+from ringcore.arguments import Arguments, check_columns
 from ringcore.call import Call
 from ringcore.discovery import find_arithmetic, find_transport
 from ringcore.errors import KeywordError, LayoutError, TransportError
+from ringcore.forward_work import ForwardWork
+from ringcore.inputs import Inputs, check_detached, swap_axes, within_range
+from ringcore.keywords import check_key_lengths, check_offsets
 from ringcore.layout import AUTO, Layout, layout_of_lengths, resolve_layout
 from ringcore.local import run_local
 from ringcore.merge import fields
@@ -34,7 +28,6 @@ from ringcore.session import gathered, run_plans
 from ringcore.tiling import Visibility, tiles_between
 from ringcore.values import Array, Blocks, Plan, Tile, namespace
 from ringcore.visiting_queries import QueryWork, partial_of
-from ringcore.work import ForwardWork
 
 Found: TypeAlias = list[Partial | Array]
 """What rows of q saw, one part of them after the other: a partial, or all ranks' packed partials, stacked."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ringcore.api import Pullback, attend, with_pullback
-from ringcore.arguments import Inputs
 from ringcore.call import Call
+from ringcore.inputs import Inputs
 from ringcore.layout import Layout
 from ringcore.protocols import Kernels
 from ringcore.values import Array

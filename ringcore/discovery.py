@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 
-from ringcore.arguments import library_name
 from ringcore.errors import KeywordError, MissingDependency, RingcoreError, UnsupportedError
 from ringcore.grid import Grid, grid_of
+from ringcore.inputs import library_name
 from ringcore.merge import StandardArithmetic
 from ringcore.partial import device_kind, dtype_name
 from ringcore.probation import fault

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringcore.arguments import Arguments, Inputs, check_flag
+from ringcore.arguments import Arguments
 from ringcore.call import Call
 from ringcore.discovery import find_ring
 from ringcore.grid import Grid, check_for_grid
+from ringcore.inputs import Inputs
+from ringcore.keywords import check_flag
 from ringcore.layout import AUTO, Layout
 from ringcore.partial import Partial
 from ringcore.positions import NUMBERS, SIDE, Mask

@@ -8,16 +8,18 @@ from typing import Any, cast
 
 import array_api_compat
 
-from ringcore.arguments import Arguments, swap_axes, within_range
+from ringcore.arguments import Arguments
 from ringcore.arrays import put
+from ringcore.backward_work import BackwardWork
 from ringcore.discovery import find_arithmetic
+from ringcore.forward_work import ForwardWork
+from ringcore.inputs import swap_axes, within_range
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.positions import OfHeads
 from ringcore.protocols import Kernels
 from ringcore.replicated import add_all
 from ringcore.session import Session, Side, split_term
 from ringcore.values import Array, Blocks, Tile, namespace
-from ringcore.work import BackwardWork, ForwardWork
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import array_api_compat
 
 from ringcore.agreement import Agreed
-from ringcore.arguments import Arguments, Inputs
+from ringcore.arguments import Arguments
 from ringcore.grid import Grid
+from ringcore.inputs import Inputs
 from ringcore.layout import Layout
 from ringcore.protocols import Kernels, Transport
 from ringcore.routes import DoubleRing

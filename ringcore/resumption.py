@@ -6,8 +6,10 @@ from typing import Any
 
 import array_api_compat
 
-from ringcore.arguments import Arguments, check_detached, check_flag, library_name
+from ringcore.arguments import Arguments
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
+from ringcore.inputs import check_detached, library_name
+from ringcore.keywords import check_flag
 from ringcore.merge import common_score
 from ringcore.partial import Partial, dtype_name
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ringcore.forward_work import ForwardWork, block_spec
 from ringcore.merge import fields, merge
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.protocols import Arithmetic, Kernels
 from ringcore.values import Array, Blocks, Move, Score, Spec, Tile
-from ringcore.work import ForwardWork, block_spec
 
 
 class QueryWork:

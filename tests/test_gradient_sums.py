@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from ringcore import Capabilities, Score
+from ringcore.backward_work import BackwardWork
+from ringcore.forward_work import ForwardWork
+from ringcore.sums import Sum
 from ringcore.values import Move
-from ringcore.work import BackwardWork, ForwardWork, Sum
 
 ALL = slice(None), slice(None), slice(None), ...
 ROWS = slice(None), slice(None), slice(2, 7), ...

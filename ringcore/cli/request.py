@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ringcore.arguments import Arguments, Inputs, check_arguments, check_columns
+from ringcore.arguments import Arguments, check_arguments, check_columns
 from ringcore.cli.backends import Backend, find_backend
 from ringcore.cli.check import Question
 from ringcore.cli.options import AttendOptions, parse_dilated, parse_integers, parse_offset, parse_window
@@ -18,6 +18,7 @@ from ringcore.cli.tensors import Stored, dtype_of, open_tensor
 from ringcore.cli.visible import pairs_of_rows, pairs_of_tiles
 from ringcore.discovery import choose_kernels
 from ringcore.errors import DtypeError, KeywordError
+from ringcore.inputs import Inputs
 from ringcore.layout import Layout, resolve_layout
 from ringcore.partial import FLOATING
 from ringcore.protocols import Kernels

@@ -13,19 +13,19 @@ from typing import Any, cast
 
 import numpy as np
 
-from ringcore.arguments import Inputs, within_range
 from ringcore.cli.backends import DeviceBackend
 from ringcore.cli.request import Request
 from ringcore.cli.tensors import Stored, read_rows
 from ringcore.discovery import find_arithmetic
 from ringcore.errors import KeywordError
 from ringcore.exchange import run_rank
+from ringcore.forward_work import ForwardWork
+from ringcore.inputs import Inputs, within_range
 from ringcore.protocols import Transport
 from ringcore.ring import ring
 from ringcore.session import visibility_of
 from ringcore.tiling import tiles_between
 from ringcore.values import Array, Blocks, Move, Plan, Spec, Step, Tile
-from ringcore.work import ForwardWork
 
 _FOR_ARRAYS = 0.75  # of the room; the rest is for what kernels need beside
 _LARGEST_BLOCK = 1 << 30  # bytes of k and v at a time, which the host holds in pinned memory

@@ -232,7 +232,7 @@ MUTANTS = (
     ),
     Mutant(
         "sink counted per hop",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         """        \"\"\"Merge the tiles into the state of q's rows.\"\"\"
 """,
         """        k, _ = block
@@ -244,7 +244,7 @@ MUTANTS = (
     ),
     Mutant(
         "replicated keys counted at every hop",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         """        self._visit(block, tiles, self.on_scores)
         return ()
 """,
@@ -265,8 +265,8 @@ MUTANTS = (
     ),
     Mutant(
         "mask laid on replicated keys",
-        "ringcore/work.py",
-        "self._visit(self.prefix, self.prefix_tiles, _NOTHING)",
+        "ringcore/forward_work.py",
+        "self._visit(self.prefix, self.prefix_tiles, NOTHING)",
         "self._visit(self.prefix, self.prefix_tiles, self.on_scores)",
         RING,
         "out_and_lse and prefix_reduced",
@@ -274,7 +274,7 @@ MUTANTS = (
     ),
     Mutant(
         "prefix left out of the gradient of q",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         "                shares = self._visit(*asked)\n",
         "                without = None if self.dq is None else self.dq + 0\n"
         "                shares = self._visit(*asked)\n"
@@ -300,7 +300,7 @@ MUTANTS = (
     ),
     Mutant(
         "ALiBi of whole tiles at once",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         "else bounded(part, heads):",
         "else [part]:",
         f"{PLAN}/test_positions.py",
@@ -404,7 +404,7 @@ MUTANTS = (
     ),
     Mutant(
         "a launch for each document",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         "if not self.kernels.capabilities.parts or any(x is not None for x in on_scores):",
         "if True:",
         "tests/plan/test_grouping.py",
@@ -436,7 +436,7 @@ MUTANTS = (
     ),
     Mutant(
         "sinks seen by the forward pass alone",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         "return -xp.sum(weights * self.delta, axis=(0, 2))",
         "return -xp.sum(self.delta, axis=(0, 2))",
         RING,
@@ -444,7 +444,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of sinks with the wrong sign",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         "return -xp.sum(weights * self.delta",
         "return xp.sum(weights * self.delta",
         RING,
@@ -525,7 +525,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was seen before is forgotten beside sinks",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         "state if self.state is None else merge(self.state, state)",
         "state if self.state is None else self.state",
         "tests/test_resumption.py",

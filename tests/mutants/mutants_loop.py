@@ -28,7 +28,7 @@ FUSED = "tests/test_probation.py"
 MUTANTS = (
     Mutant(
         "per-chunk softmax summed",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         _FORWARD,
         f"{_CHUNK}        return Partial(chunk, part.maximum * 0, part.total * 0 + 1)\n",
         REPORT,
@@ -36,7 +36,7 @@ MUTANTS = (
     ),
     Mutant(
         "per-chunk averaged",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         _FORWARD,
         f"{_CHUNK}        seen = 0 if piece is None else piece.total\n"
         "        return Partial(chunk, part.maximum * 0, part.total * 0 + 1 + seen)\n",
@@ -45,7 +45,7 @@ MUTANTS = (
     ),
     Mutant(
         "the last chunk only",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         "score=self.score, tile=tile, **terms, **state)",
         "score=self.score, tile=tile, **terms)",
         REPORT,
@@ -53,7 +53,7 @@ MUTANTS = (
     ),
     Mutant(
         "mask swallowed: ring",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         'return {"bias": bias, "mask": mask}',
         'return {"bias": bias, "mask": None}',
         RING,
@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "bias swallowed: ring",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         'return {"bias": bias, "mask": mask}',
         'return {"bias": None, "mask": mask}',
         RING,
@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "stale K, V in backward",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         """ they are wanted.\"\"\"
         k, v = block
 """,
@@ -89,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         "local lse in backward",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         _BACKWARD,
         _LOCAL + _BACKWARD.replace("self.maximum[rows], self.total[rows]", "here.maximum, here.total"),
         RING,
@@ -97,7 +97,7 @@ MUTANTS = (
     ),
     Mutant(
         "local out in backward",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         _BACKWARD,
         _LOCAL
         + _BACKWARD.replace("None if self.delta is None else self.delta[rows]", "(self.dout[rows] * here.out).sum(-1)"),
@@ -106,7 +106,7 @@ MUTANTS = (
     ),
     Mutant(
         "local lse in backward: fused",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         _BACKWARD,
         _LOCAL + _BACKWARD.replace("None if x is None", "here.lse if name == 'lse' else None if x is None"),
         FUSED,
@@ -130,7 +130,7 @@ MUTANTS = (
     ),
     Mutant(
         "the last partial of fused kernels left out",
-        "ringcore/work.py",
+        "ringcore/forward_work.py",
         "empty_partial(self.q, self.v.shape[-1]), dtype, last)",
         "empty_partial(self.q, self.v.shape[-1]), dtype, None)",
         f"{RING} --backend torch",
@@ -138,7 +138,7 @@ MUTANTS = (
     ),
     Mutant(
         "accumulators of many hops travel in a half type",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         "return ranks == 2 and kernels",
         "return kernels",
         "tests/test_gradient_sums.py",
@@ -146,8 +146,8 @@ MUTANTS = (
     ),
     Mutant(
         "a third gradient is added in a half type",
-        "ringcore/work.py",
-        "self._total = add(_widened(self._started()), *self._last)",
+        "ringcore/sums.py",
+        "self._total = add(widened(self._started()), *self._last)",
         "self._total = add(self._started(), *self._last)",
         "tests/test_gradient_sums.py",
         "accumulation_dtype",
@@ -163,7 +163,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta without dlse",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         "return delta if dlse is None else delta - xp.astype(dlse, dtype)",
         "return delta",
         RING,
@@ -171,7 +171,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta of the rounded out",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         "self.delta = _delta(dout, wide, dlse)",
         "self.delta = _delta(dout, out.astype(wide.dtype), dlse)",
         PRECISION,
@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta with the sign of dlse turned",
-        "ringcore/work.py",
+        "ringcore/backward_work.py",
         "delta - xp.astype(dlse, dtype)",
         "delta + xp.astype(dlse, dtype)",
         RING,
@@ -227,7 +227,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients summed in the dtype of k",
-        "ringcore/work.py",
+        "ringcore/sums.py",
         "xp.zeros(x.shape, dtype=accumulation_dtype(x),",
         "xp.zeros(x.shape, dtype=x.dtype,",
         PRECISION,
@@ -251,9 +251,9 @@ MUTANTS = (
     ),
     Mutant(
         "send buffer overwritten in flight: accumulators",
-        "ringcore/work.py",
-        "        dk, dv = (_zeros(x) if want else None for x, want in zip(block, wanted, strict=True))\n",
-        "        dk, dv = self.__dict__.setdefault(f'of {len(tiles)} tiles {k.shape}', [_zeros(x) for x in block])\n"
+        "ringcore/backward_work.py",
+        "        dk, dv = (zeros(x) if want else None for x, want in zip(block, wanted, strict=True))\n",
+        "        dk, dv = self.__dict__.setdefault(f'of {len(tiles)} tiles {k.shape}', [zeros(x) for x in block])\n"
         "        dk[...] = 0\n",
         RING,
         "gradients and plain",

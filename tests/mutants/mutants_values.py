@@ -225,7 +225,7 @@ MUTANTS = (
     ),
     Mutant(
         "scale dropped: the default",
-        "ringcore/arguments.py",
+        "ringcore/keywords.py",
         "return float(1 / math.sqrt(q.shape[3]))",
         "return 1.0",
         RING,
@@ -233,7 +233,7 @@ MUTANTS = (
     ),
     Mutant(
         "scale dropped: the keyword",
-        "ringcore/arguments.py",
+        "ringcore/keywords.py",
         'return _number("scale", scale, q)',
         "return float(1 / math.sqrt(q.shape[3]))",
         RING,

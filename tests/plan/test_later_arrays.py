@@ -12,11 +12,12 @@ from deals import deals, sees, visibility
 
 import ringcore
 from ringcore import Partial
+from ringcore.backward_work import BackwardWork
+from ringcore.forward_work import ForwardWork
 from ringcore.ring import ring
 from ringcore.routes import both_ways_plans, double_ring_plans
 from ringcore.tile import ReferenceKernels
 from ringcore.values import Score
-from ringcore.work import BackwardWork, ForwardWork
 
 BATCH, HEADS, KEY_HEADS, LENGTH = 2, 4, 2, 21
 SCALE = 0.4
