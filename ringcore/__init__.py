@@ -5,6 +5,7 @@ from ringcore.balance import balanced
 from ringcore.call import Call, check_output_gradients
 from ringcore.decoding import decode_attention
 from ringcore.dilated import dilated_attention, dilated_attention_vjp
+from ringcore.dilation import check_dilation
 from ringcore.discovery import find_ring, find_transport
 from ringcore.documents import Documents, read_documents
 from ringcore.dropout import Dropout
@@ -81,6 +82,7 @@ __all__ = [
     "UnsupportedError",
     "accumulation_dtype",
     "balanced",
+    "check_dilation",
     "check_output_gradients",
     "contiguous",
     "decode_attention",

@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ringcore.arguments import Arguments
+from ringcore.dilation import Dilation
 from ringcore.documents import Documents
 from ringcore.errors import AgreementError, PeerError
 from ringcore.inputs import library_name
@@ -58,7 +59,13 @@ def agree(transport: Members, check: Callable[[], tuple[Checked, Note]]) -> tupl
     answers = [answer.split(b"\n", 1) for answer in transport.gather(json.dumps(head).encode() + b"\n" + common)]
     if failure is not None:
         raise failure
-    heads = [json.loads(answer[0]) for answer in answers]
+    try:
+        heads = [json.loads(answer[0]) for answer in answers]
+    except ValueError as error:  # a grid's note, for example
+        raise AgreementError(
+            "the ranks disagree on ring: another rank takes part in a call over other groups. Every rank must give the "
+            "same ring."
+        ) from error
     for rank, other in enumerate(heads):
         if "error" in other:
             raise PeerError(f"rank {rank} refused the call, so rank {transport.rank} did too: {other['error']}")
@@ -100,7 +107,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
         "prefix": "no prefix" if arguments.prefix_k is None else f"{arguments.prefix_k.shape[2]} keys",
         "mask of positions": _function_note(arguments.mask_of),
         "reduce_replicated": arguments.reduce_replicated,
-        "dilation": None if arguments.dilation is None else astuple(arguments.dilation),
+        **_dilation_note(arguments.dilation),
         "schedule": repr(arguments.schedule),
         "layout of q": _layout_note(arguments.q_layout),
         "layout of k and v": _layout_note(arguments.k_layout),
@@ -111,7 +118,7 @@ def common_of(call: str, arguments: Arguments, **further: Any) -> bytes:
 
 
 def with_further(common: bytes, **further: Any) -> bytes:
-    """What `common_of` gave, and more that must be equal on all ranks."""
+    """What `common_of` gave, and more that must be equal on all ranks, or other values of the same."""
     return common[:-1] + b", " + json.dumps(further).encode()[1:]
 
 
@@ -122,6 +129,12 @@ def _explain(due: dict[str, Any], came: dict[str, Any], rank: int) -> None:
                 f"the ranks disagree on {name}: {due.get(name)!r} on rank 0, {came.get(name)!r} on rank {rank}. "
                 "Every rank must make the same call, with its own shard of q, k and v."
             )
+
+
+def _dilation_note(dilation: Dilation | None) -> dict[str, Any]:
+    lengths, rates = ([], []) if dilation is None else zip(*dilation.branches, strict=True)
+    offset = None if dilation is None else dilation.head_offset
+    return {"segment_lengths": list(lengths), "dilation_rates": list(rates), "head_offset": offset}
 
 
 def _documents_note(documents: Documents | None) -> str:

@@ -10,7 +10,7 @@ from ringcore.arguments import Arguments
 from ringcore.call import Call, check_output_gradients
 from ringcore.discovery import autograd_adapter
 from ringcore.errors import KeywordError
-from ringcore.inputs import Inputs, check_detached, swap_axes
+from ringcore.inputs import PULLBACK, Inputs, check_detached, swap_axes
 from ringcore.keywords import check_flag
 from ringcore.layout import Layout
 from ringcore.partial import Partial
@@ -220,7 +220,7 @@ def ring_attention_vjp(
 
 def with_pullback(call: Call, inputs: Inputs) -> tuple[tuple[Array, Array], Pullback]:
     """The results of a call that is to have gradients, and the function that makes them."""
-    prepared = call.prepare(inputs, lambda _: check_detached(**inputs._replace(alibi=None)._asdict()))
+    prepared = call.prepare(inputs, lambda _: check_detached(PULLBACK, **inputs._asdict()))
     result = prepared.forward(keep_wide=True)
     out, lse, names = swap_axes(result.out, call.axes), result.lse, tuple(call.wrt)
 

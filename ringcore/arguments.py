@@ -7,8 +7,8 @@ from typing import Any
 
 from ringcore.dilation import Dilation, check_dilation
 from ringcore.documents import Documents, read_documents
-from ringcore.errors import KeywordError, ShapeError, UnsupportedError
-from ringcore.inputs import Inputs, check_inputs, check_term, put_in_order, swap_axes
+from ringcore.errors import KeywordError, ShapeError
+from ringcore.inputs import Inputs, check_inputs, check_slopes, check_term, put_in_order, swap_axes
 from ringcore.keywords import (
     check_documents,
     check_dropout,
@@ -26,6 +26,7 @@ from ringcore.routes import RING, Schedule, check_schedule
 from ringcore.values import Array, Score, Tile
 
 AXES = ("bhsd", "bshd")
+_FARTHEST = 1 << 62  # so that distances to it are int64 too
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,15 @@ def check_arguments(
             raise ShapeError(
                 f"{name} has shape {tuple(x.shape)}; it must hold one {what} for each of q's {q.shape[1]} heads, [H]."
             )
-    if getattr(inputs.alibi, "requires_grad", False) is True:
-        raise UnsupportedError("alibi requires grad, but no gradient of its slopes is made. Give it detached.")
+    check_slopes(inputs.alibi)
     batch = q.shape[0]
     offsets = check_offsets(query_offset, batch)
+    read = {"alibi": inputs.alibi is not None, "dropout": bool(dropout), "mask, a function,": mask_of is not None}
+    for name in (name for name, given in read.items() if given and max(map(abs, offsets), default=0) > _FARTHEST):
+        raise KeywordError(
+            f"query_offset is {list(offsets)}, but {name} reads positions as integers of 64 bits. Give offsets of "
+            "62 bits at most."
+        )
     if mask_of is not None:
         _try_mask(mask_of, q, swap_axes(inputs.k, axes), offsets)
     return Arguments(
@@ -138,7 +144,7 @@ def check_arguments(
         axes=axes,
         reduce_replicated=bool(reduce_replicated),
         mask_of=mask_of,
-        dilation=check_dilation(dilation),
+        dilation=None if dilation is None else check_dilation(*dilation),
         schedule=schedule,
     )  # fmt: skip
 

@@ -25,7 +25,9 @@ def add(array: Array, index: tuple[Any, ...], value: Array) -> Array:
 
 def slice_of(positions: range) -> slice:
     """The slice that picks these positions; its end is within the array, as the standard demands."""
-    return slice(positions[0], positions[-1] + 1, positions.step) if positions else slice(0, 0)
+    if len(positions) < 2:  # whose step may be larger than a library takes
+        return slice(positions[0], positions[0] + 1, 1) if positions else slice(0, 0)
+    return slice(positions[0], positions[-1] + 1, positions.step)
 
 
 def row_index(tile: Tile) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from ringcore.documents import read_documents
 from ringcore.errors import DeviceError, DtypeError, KeywordError, LayoutError, ShapeError, TransportError
 from ringcore.grid import Grid, check_for_grid
 from ringcore.grid_session import GridSession
-from ringcore.inputs import Inputs, check_array, check_detached, conversion, library_name
+from ringcore.inputs import PULLBACK, Inputs, check_array, check_detached, check_slopes, conversion, library_name
 from ringcore.integers import is_integer
 from ringcore.layout import AUTO, Layout
 from ringcore.partial import dtype_name
@@ -146,6 +146,7 @@ class Call:
         signature = signature_of(inputs)
         known = remembered.get(signature) if signature else None
         if known is not None:
+            check_slopes(inputs.alibi)
             if known.check_array is not None:
                 known.check_array(inputs.q)
             return known
@@ -191,7 +192,7 @@ def _library_check(q: Array) -> Callable[[Array], None] | None:
 def check_output_gradients(dout: Array, dlse: Array | None, out: Array, lse: Array) -> None:
     """Raise unless dout and dlse have the library, device, shape and dtype of out and lse."""
     given = [("dout", dout, out)] if dlse is None else [("dout", dout, out), ("dlse", dlse, lse)]
-    check_detached(dout=dout, dlse=dlse)
+    check_detached(PULLBACK, dout=dout, dlse=dlse)
     for name, gradient, result in given:
         check_array(name, gradient)
         if (came := library_name(gradient)) != (due := library_name(result)):

@@ -34,6 +34,7 @@ Found: TypeAlias = list[Partial | Array]
 
 _MOST = 1 << 24  # numbers of all ranks' partials at once
 _EVERY = slice(None), slice(None), slice(None), ...
+_NO_GRADIENTS = "decode_attention has no gradients. Give it detached, or call under torch.no_grad()"
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 
 
@@ -176,8 +177,8 @@ def _on_this_rank(call: Call, inputs: Inputs, filled: Filled) -> Found:
         rows, keys = arguments.q.shape[2], arguments.k.shape[2]
         # These change from token to token.
         further: dict[str, Any] = {
-            "filled": arguments.key_lengths, "offset": arguments.offsets,
-            "whether query_offset is given": filled.query_offset is not None,
+            "key_lengths": arguments.key_lengths,
+            "query_offset": None if filled.query_offset is None else arguments.offsets,
             "rows of q, which every rank must have": rows if call.q_layout is None else "dealt",
         }  # fmt: skip
         return (arguments, known.kernels, known), Note(with_further(known.common, **further), (rows, keys))
@@ -252,7 +253,7 @@ def _checked(call: Call, remembered: dict[Any, Known], inputs: Inputs, filled: F
         if layout == AUTO:
             raise LayoutError(f'{name} is "auto", but a cache lies where it was written. Give the layout that it has.')
     known = call.about(remembered, inputs)
-    check_detached(q=inputs.q, k=inputs.k, v=inputs.v, sinks=inputs.sinks)
+    check_detached(_NO_GRADIENTS, q=inputs.q, k=inputs.k, v=inputs.v, sinks=inputs.sinks)
     return known, known.arguments.about(inputs, **filled.checked(len(known.arguments.offsets)))
 
 

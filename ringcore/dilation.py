@@ -14,9 +14,10 @@ from typing import Any
 
 from ringcore.arrays import slice_of
 from ringcore.errors import KeywordError
-from ringcore.integers import is_integer
+from ringcore.integers import integers
 
 HEAD_OFFSETS = ("modulo", "block")
+NAMES = "segment_lengths", "dilation_rates"
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,21 @@ class Dilation:
         return [range(first, min(count, first + side)) for first in range(0, count, side)]
 
 
-def check_dilation(given: Any) -> Dilation | None:
-    """(segment lengths, dilation rates, head offset) as a value, or None for None; raises KeywordError."""
-    if given is None:
-        return None
-    lengths, rates, head_offset = given
-    for name, numbers in (("segment_lengths", lengths), ("dilation_rates", rates)):
-        if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes) or not len(numbers):
-            raise KeywordError(f"{name} is {numbers!r}; it must hold a whole number for each branch, one or more.")
-        for number in numbers:
-            if not is_integer(number) or number < 1:
-                raise KeywordError(f"{name} is {list(numbers)!r}; each must be a whole number, 1 or more.")
+def check_dilation(segment_lengths: Any, dilation_rates: Any, head_offset: Any) -> Dilation:
+    """What `ringcore.dilated_attention` was told, as a value; raises KeywordError."""
+    due = "it must hold a whole number for each branch, each 1 or more"
+    given = zip(NAMES, (segment_lengths, dilation_rates), strict=True)
+    lengths, rates = (integers(name, x, due) for name, x in given)
+    for name, numbers in zip(NAMES, (lengths, rates), strict=True):
+        if min(numbers, default=0) < 1:
+            raise KeywordError(f"{name} is {numbers}; it must hold a number for each branch, each 1 or more.")
     if len(lengths) != len(rates):
         raise KeywordError(
             f"there are {len(lengths)} segment_lengths and {len(rates)} dilation_rates; each branch has one of both."
         )
     if head_offset not in HEAD_OFFSETS:
         raise KeywordError(f'head_offset is {head_offset!r}; it must be "modulo" or "block".')
-    return Dilation(tuple((int(w), int(r)) for w, r in zip(lengths, rates, strict=True)), head_offset)
+    return Dilation(tuple(zip(lengths, rates, strict=True)), head_offset)
 
 
 def common(one: range, other: range) -> range:

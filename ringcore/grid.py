@@ -60,12 +60,22 @@ class Grid:
     def gather(self, note: bytes) -> tuple[bytes, ...]:
         """Every rank's note, in the order of ranks."""
         try:
-            inside = [part.hex() for part in self.heads.gather(note)]
-            groups = self.ring.gather(json.dumps(inside).encode())
+            inside = [part.hex() for part in self._gathered(b"heads ", self.heads, note)]
+            groups = self._gathered(b"ring ", self.ring, json.dumps(inside).encode())
         except RingcoreError as error:  # which the other of the two has not heard of
             self.abort(error)
             raise
         return tuple(bytes.fromhex(part) for group in groups for part in json.loads(group))
+
+    def _gathered(self, name: bytes, of: Transport, note: bytes) -> list[bytes]:
+        """Every rank's note to those of one of the two, which they must all have in the same place."""
+        notes = of.gather(name + note)
+        if not all(each.startswith(name) for each in notes):
+            raise KeywordError(
+                f"ring is two groups here, the {name.decode()}one of {of.size} ranks, which is something else on "
+                "another rank. Every rank must give the two in the same order: (between groups, inside one)."
+            )
+        return [each.removeprefix(name) for each in notes]
 
     def abort(self, error: BaseException) -> None:
         """Tell every peer, and by them all ranks."""
@@ -106,6 +116,10 @@ def grid_of(ring: Transport, heads: Transport) -> Grid:
 
 def check_for_grid(arguments: Arguments, grid: Grid) -> None:
     """Raise for what cannot be dealt by heads: UnsupportedError by name, ShapeError for heads that do not divide."""
+    if arguments.dilation is not None:
+        raise UnsupportedError(
+            "dilated_attention deals its heads to offsets, not to the ranks of a grid. Give one ring of all ranks."
+        )
     key_heads, size = arguments.k.shape[1], grid.heads.size
     if key_heads % size:
         raise ShapeError(
@@ -121,8 +135,4 @@ def check_for_grid(arguments: Arguments, grid: Grid) -> None:
     if arguments.schedule != RING:
         raise UnsupportedError(
             f"schedule is {arguments.schedule!r}, but in a grid keys go around one ring. Leave it out."
-        )
-    if arguments.dilation is not None:
-        raise UnsupportedError(
-            "dilated_attention deals its heads to offsets, not to the ranks of a grid. Give one ring of all ranks."
         )

@@ -11,6 +11,11 @@ from ringcore.errors import DeviceError, DtypeError, ShapeError, UnsupportedErro
 from ringcore.partial import FLOATING, accumulation_dtype, dtype_name
 from ringcore.values import Array, namespace
 
+PULLBACK = (
+    "Torch's autograd does not see through a pullback. Call ringcore.ring_attention, which it does see through, or "
+    "give detached tensors"
+)
+
 
 class Inputs(NamedTuple):
     """The arrays of a call, as they came; None for those that did not."""
@@ -91,14 +96,16 @@ def check_array(name: str, x: Any) -> None:
         raise UnsupportedError(f"{name} is a tensor of layout {x.layout}; attention is defined for dense ones.")
 
 
-def check_detached(**arrays: Any) -> None:
-    """Raise UnsupportedError for a tensor whose gradients Torch would have to record."""
+def check_detached(why: str, **arrays: Any) -> None:
+    """Raise UnsupportedError for a tensor whose gradients Torch would have to record; ``why`` it can't be."""
     for name, x in arrays.items():
-        if getattr(x, "requires_grad", False) is True:
-            raise UnsupportedError(
-                f"{name} requires grad, but Torch's autograd does not see through a pullback. Call "
-                "ringcore.ring_attention, which it does see through, or give detached tensors."
-            )
+        if getattr(x, "requires_grad", False) is True and namespace(x).is_grad_enabled():
+            raise UnsupportedError(f"{name} requires grad, but {why}.")
+
+
+def check_slopes(alibi: Array | None) -> None:
+    """Raise UnsupportedError for slopes that require grad, also where gradients of other inputs are made."""
+    check_detached("no gradient of its slopes is made. Give it detached", alibi=alibi)
 
 
 def check_inputs(inputs: Inputs, axes: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat
 
 from ringcore.arrays import put
-from ringcore.errors import KeywordError, ShapeError
+from ringcore.errors import DeviceError, KeywordError, ShapeError
 from ringcore.partial import Partial, accumulation_dtype
 from ringcore.values import Array, Score, namespace
 
@@ -21,9 +21,13 @@ def merge(first: Partial, second: Partial) -> Partial:
     Units: ``maximum`` is a score (natural-log scale); -inf means that no key was seen.
     Law: commutative, associative up to rounding; an empty partial changes nothing, bit for bit.
 
-    Raises ShapeError if the shapes differ, KeywordError if their scores are known to be made in different ways.
+    Raises ShapeError if the shapes differ, DeviceError for arrays of different libraries, KeywordError for what is no
+    partial and for scores that are known to be made in different ways.
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867, section 3.
     """
+    for place, given in (("first", first), ("second", second)):
+        if not isinstance(given, Partial):
+            raise KeywordError(f"{place} is a {type(given).__name__}; it must be a ringcore.Partial.")
     for name in ("weighted", "maximum", "total"):
         came, due = getattr(second, name).shape, getattr(first, name).shape
         if tuple(came) != tuple(due):
@@ -32,7 +36,12 @@ def merge(first: Partial, second: Partial) -> Partial:
                 "Merge partials of the same queries."
             )
     score = common_score(first, second.score)
-    xp = namespace(first.weighted, second.weighted)
+    try:
+        xp = namespace(first.weighted, second.weighted)
+    except TypeError as error:
+        raise DeviceError(
+            f"the partials do not hold arrays of one library: {error}. Convert one of them first."
+        ) from error
     wide = _wider(xp, first.maximum.dtype, second.maximum.dtype)
     first, second = _canonical(xp, first, wide), _canonical(xp, second, wide)
     maximum = xp.maximum(first.maximum, second.maximum)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import array_api_compat
 
-from ringcore.errors import DtypeError, KeywordError, ShapeError
+from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
 from ringcore.values import Array, Score, namespace
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
@@ -66,15 +66,23 @@ class Partial:
 
         Shapes: ``out`` [B, H, S, E], ``lse`` [B, H, S], natural log; -inf marks a row that saw no key.
         Dtypes: ``out`` may stay in a half type; ``lse`` is float32 or float64.
-        Raises ShapeError if the shapes do not fit, DtypeError for an lse in a half type, KeywordError if
+        Raises ShapeError if the shapes do not fit, DtypeError for an lse in a half type, DeviceError for what are not
+        arrays of one library, KeywordError if
         an lse is +inf (some kernels mark empty rows so: convert it to -inf first).
         """
-        xp = namespace(out, lse)
+        try:
+            xp = namespace(out, lse)
+        except TypeError as error:
+            raise DeviceError(
+                f"out and lse are not arrays of one library: {error}. Convert one of them first."
+            ) from error
         if tuple(out.shape[:-1]) != tuple(lse.shape):
             raise ShapeError(
                 f"lse has shape {tuple(lse.shape)}, but out of shape {tuple(out.shape)} needs "
                 f"{tuple(out.shape[:-1])}: one number per row. Drop or move the extra axes first."
             )
+        if dtype_name(out) not in FLOATING:
+            raise DtypeError(f"out holds {dtype_name(out)}; it must hold one of {', '.join(FLOATING)}.")
         if dtype_name(lse) not in ("float32", "float64"):
             raise DtypeError(
                 f"lse is {dtype_name(lse)}; a half type loses the weights of merged partials. "

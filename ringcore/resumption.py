@@ -8,10 +8,15 @@ import array_api_compat
 
 from ringcore.arguments import Arguments
 from ringcore.errors import DeviceError, DtypeError, KeywordError, ShapeError
-from ringcore.inputs import check_detached, library_name
+from ringcore.inputs import check_array, check_detached, library_name
 from ringcore.keywords import check_flag
 from ringcore.merge import common_score
 from ringcore.partial import Partial, dtype_name
+
+_NO_GRADIENTS = (
+    "a call that begins with a partial, or gives one, has no gradients. Give detached tensors, or call it under "
+    "torch.no_grad()"
+)
 
 
 def check_partial(partial: Any, return_partial: Any, return_lse: Any, arguments: Arguments) -> None:
@@ -24,7 +29,10 @@ def check_partial(partial: Any, return_partial: Any, return_lse: Any, arguments:
         raise KeywordError("return_partial and return_lse came together, but a partial has its lse: part.lse.")
     if partial is None and not return_partial:
         return
-    check_detached(q=arguments.q, k=arguments.k, v=arguments.v, bias=arguments.bias, sinks=arguments.sinks)
+    check_detached(
+        _NO_GRADIENTS, q=arguments.q, k=arguments.k, v=arguments.v, bias=arguments.bias, sinks=arguments.sinks,
+        prefix_k=arguments.prefix_k, prefix_v=arguments.prefix_v,
+    )  # fmt: skip
     if partial is None:
         return
     if not isinstance(partial, Partial):
@@ -34,6 +42,7 @@ def check_partial(partial: Any, return_partial: Any, return_lse: Any, arguments:
     wide = "float64" if arguments.dtype == "float64" else "float32"
     for name, shape in due.items():
         x = getattr(partial, name)
+        check_array(f"{name} of partial", x)
         if library_name(x) != library_name(q):
             raise DeviceError(f"{name} of partial is an array of {library_name(x)}, but q one of {library_name(q)}.")
         if (came := str(array_api_compat.device(x))) != (where := str(array_api_compat.device(q))):
@@ -43,7 +52,11 @@ def check_partial(partial: Any, return_partial: Any, return_lse: Any, arguments:
                 f"{name} of partial has shape {tuple(x.shape)}, but these queries need {shape}, [B, H, S] whatever "
                 "axes= says: a partial is resumed with the queries that it is of."
             )
-        if name != "weighted" and dtype_name(x) != wide:
-            raise DtypeError(f"{name} of partial holds {dtype_name(x)}; for {arguments.dtype} it must be {wide}.")
-    check_detached(weighted=partial.weighted, maximum=partial.maximum, total=partial.total)
+        dtypes = (wide, arguments.dtype) if name == "weighted" else (wide,)
+        if dtype_name(x) not in dtypes:
+            raise DtypeError(
+                f"{name} of partial holds {dtype_name(x)}; for {arguments.dtype} it must be "
+                f"{' or '.join(dict.fromkeys(dtypes))}."
+            )
+    check_detached(_NO_GRADIENTS, weighted=partial.weighted, maximum=partial.maximum, total=partial.total)
     common_score(partial, arguments.score)

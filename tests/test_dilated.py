@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from given import K, Q, V, refused
+from given import K, Q, V, refused, torch
 
 import ringcore
 from ringcore import KeywordError, ShapeError, dilated_attention, dilated_attention_vjp
@@ -15,13 +15,19 @@ from ringcore.tiling import Visibility
 RIGHT = {"segment_lengths": (4, 6), "dilation_rates": (1, 2)}
 
 WRONG = {
-    "no branch": ({"segment_lengths": (), "dilation_rates": ()}, "segment_lengths is ()"),
+    "no branch": (
+        {"segment_lengths": (), "dilation_rates": ()},
+        "segment_lengths is []; it must hold a number for each",
+    ),
     "a number": ({"segment_lengths": 4}, "segment_lengths is 4; it must hold a whole number for each branch"),
     "text": ({"dilation_rates": "12"}, "dilation_rates is '12'"),
-    "length 0": ({"segment_lengths": (4, 0)}, "segment_lengths is [4, 0]; each must be a whole number, 1 or more"),
+    "length 0": (
+        {"segment_lengths": (4, 0)},
+        "segment_lengths is [4, 0]; it must hold a number for each branch, each 1 or more",
+    ),
     "rate below 1": ({"dilation_rates": (1, -2)}, "dilation_rates is [1, -2]"),
-    "a fraction": ({"dilation_rates": (1, 1.5)}, "dilation_rates is [1, 1.5]"),
-    "a flag": ({"dilation_rates": (True, 2)}, "dilation_rates is [True, 2]"),
+    "a fraction": ({"dilation_rates": (1, 1.5)}, "dilation_rates is (1, 1.5); it must hold a whole number"),
+    "a flag": ({"dilation_rates": (True, 2)}, "dilation_rates is (True, 2)"),
     "more rates": ({"dilation_rates": (1, 2, 3)}, "there are 2 segment_lengths and 3 dilation_rates"),
     "another offset": ({"head_offset": "none"}, 'head_offset is \'none\'; it must be "modulo" or "block"'),
     "return_lse": ({"return_lse": "yes"}, "return_lse is 'yes'"),
@@ -34,6 +40,28 @@ def test_bad_branches_are_refused(name):
     refused(lambda: dilated_attention(Q, K, V, **{**RIGHT, **changes}), KeywordError, [said])
     if "return_lse" not in changes:
         refused(lambda: dilated_attention_vjp(Q, K, V, **{**RIGHT, **changes}), KeywordError, [said])
+
+
+@pytest.mark.parametrize(
+    "made", [np.array, range, lambda x: [np.int64(n) for n in x]], ids=["array", "range", "scalars"]
+)
+def test_branches_are_taken_in_every_form(made):
+    given = {"segment_lengths": [2, 3], "dilation_rates": [1, 2]}
+    due = dilated_attention(Q, K, V, **given)
+    forms = {name: range(x[0], x[1] + 1) if made is range else made(x) for name, x in given.items()}
+    np.testing.assert_array_equal(dilated_attention(Q, K, V, **forms), due)
+    ((out, _), _) = dilated_attention_vjp(Q, K, V, **forms)
+    np.testing.assert_array_equal(out, due)
+
+
+def test_a_rate_beyond_all_positions_keeps_the_first_of_a_segment():
+    t = torch()
+    q, k, v = (t.from_numpy(x) for x in (Q, K, V))
+    for rate in (10**18, 10**30):
+        out = dilated_attention(q, k, v, segment_lengths=[10**30], dilation_rates=[rate])
+        np.testing.assert_allclose(
+            out, dilated_attention(Q, K, V, segment_lengths=[6], dilation_rates=[50]), atol=1e-14
+        )
 
 
 def test_q_and_k_of_different_lengths_are_refused():

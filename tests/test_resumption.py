@@ -86,7 +86,7 @@ def test_partials_of_other_queries_are_refused():
     )
     refused(lambda: ringcore.merge(first, others), ShapeError, ["Merge partials of the same queries"])
     narrow = Partial(*(x.astype("float32") for x in (first.weighted, first.maximum, first.total)))
-    refused(lambda: chunk(3, 6, partial=narrow), DtypeError, ["maximum of partial holds float32", "must be float64"])
+    refused(lambda: chunk(3, 6, partial=narrow), DtypeError, ["weighted of partial holds float32", "must be float64"])
     refused(lambda: chunk(3, 6, partial=(first.weighted,)), KeywordError, ["partial is a tuple"])
     t = torch()
     foreign = Partial(*(t.from_numpy(x) for x in (first.weighted, first.maximum, first.total)))
@@ -106,3 +106,80 @@ def test_torch_gives_partials_without_gradients():
     np.testing.assert_allclose(out.numpy(), ring_attention(Q, K, V, causal=True), atol=1e-13)
     q.requires_grad_()
     refused(lambda: ring_attention(q, k, v, return_partial=True), UnsupportedError, ["q requires grad"])
+
+
+@pytest.mark.parametrize("made", [
+    lambda x: x.astype(complex), lambda x: x.astype(int), lambda x: x.astype("float16"), lambda x: np.ma.array(x),
+    lambda x: None, lambda x: x.tolist(),
+], ids=["complex", "int", "half", "masked", "none", "list"])  # fmt: skip
+def test_what_is_no_sum_of_these_values_is_refused(made):
+    first = chunk(0, 3)
+    for name in ("weighted", "maximum", "total"):
+        held = {each: getattr(first, each) for each in ("weighted", "maximum", "total")}
+        wrong = Partial(**{**held, name: made(held[name])})
+        with pytest.raises((DtypeError, UnsupportedError), match=f"{name} of partial"):
+            chunk(3, 6, partial=wrong)
+
+
+def test_a_half_type_of_a_kernel_is_resumed_by_calls_in_it_alone():
+    q, k, v = (x.astype("float16") for x in (Q, K, V))
+    held = ring_attention(q, k, v, return_partial=True)
+    first = Partial(held.weighted.astype("float16"), held.maximum, held.total)
+    ring_attention(q, k, v, partial=first)
+    wide = [x.astype("float32") for x in (q, k, v)]
+    refused(lambda: ring_attention(*wide, partial=first), DtypeError, ["weighted of partial holds float16", "float32"])
+
+
+def test_only_partials_of_one_library_merge():
+    first, t = chunk(0, 3), torch()
+    foreign = Partial(*(t.from_numpy(x) for x in (first.weighted, first.maximum, first.total)))
+    refused(lambda: ringcore.merge(first, None), KeywordError, ["second is a NoneType"])
+    refused(lambda: ringcore.merge((1, 2), first), KeywordError, ["first is a tuple"])
+    refused(lambda: ringcore.merge(first, foreign), DeviceError, ["arrays of one library"])
+    out, lse = first.out, first.lse
+    refused(
+        lambda: Partial.from_lse(out, t.from_numpy(lse)), DeviceError, ["out and lse are not arrays of one library"]
+    )
+    refused(lambda: Partial.from_lse(out.tolist(), lse.tolist()), DeviceError, ["not arrays"])
+    refused(lambda: Partial.from_lse(out.astype(int), lse), DtypeError, ["out holds int64"])
+
+
+def test_nothing_that_requires_gradients_is_taken_where_none_are_made():
+    t = torch()
+    q, k, v = (t.from_numpy(x) for x in (Q, K, V))
+    leaves = {"bias": t.zeros(6, 6), "sinks": t.zeros(4), "alibi": t.ones(4), "prefix": (k[:, :, :1], v[:, :, :1])}
+    before = ring_attention(q, k, v, return_partial=True)
+    for keywords in ({"return_partial": True}, {"partial": before}):
+        for name, x in leaves.items():
+            ring_attention(q, k, v, **{name: x}, **keywords)
+            wanted = tuple(y.clone().requires_grad_() for y in x) if name == "prefix" else x.clone().requires_grad_()
+            with pytest.raises(UnsupportedError, match=f"{name}(_k)? requires grad, but"):
+                ring_attention(q, k, v, **{name: wanted}, **keywords)
+            for off in (t.no_grad, t.inference_mode):
+                with off():
+                    found = ring_attention(q, k, v, **{name: wanted}, **keywords)
+                assert not getattr(found, "weighted", found).requires_grad
+
+
+def test_slopes_that_require_gradients_are_refused_by_a_call_that_is_remembered_too():
+    t = torch()
+    q, slopes = t.from_numpy(Q), t.ones(4)
+    for _ in range(2):
+        ringcore.ring_attention_vjp(q, q, q, alibi=slopes)
+        with pytest.raises(UnsupportedError, match="alibi requires grad"):
+            ringcore.ring_attention_vjp(q, q, q, alibi=slopes.clone().requires_grad_())
+
+
+def test_positions_beyond_64_bits_are_refused_where_they_are_read():
+    far, reads = 10**20, {"alibi": np.ones(4), "dropout": 0.1, "mask": lambda rows, columns: rows >= columns}
+    for name, x in reads.items():
+        keywords = {name: x, "dropout_seed": 1} if name == "dropout" else {name: x}
+        refused(
+            lambda given=keywords: ring_attention(Q, K, V, query_offset=far, **given),
+            KeywordError,
+            [
+                "query_offset is [100000000000000000000, ",
+                name,
+                "62 bits at most",
+            ],
+        )

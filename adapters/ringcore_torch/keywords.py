@@ -105,7 +105,7 @@ def _ring(x: Any) -> Any:
     if is_grid(x):
         x = tuple(groups_of_mesh(x))
     if isinstance(x, tuple):
-        if len(x) != 2:
+        if len(x) != 2 or any(each is None for each in x):
             find_ring(x)  # which says what is wrong
         return {_GRID: [_ring(each) for each in x]}
     if isinstance(x, ProcessGroup | DeviceMesh):

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringcore import Kernels, KeywordError, Layout, ShapeError, UnsupportedError, dilated_attention
+from ringcore import (
+    DtypeError,
+    Kernels,
+    KeywordError,
+    Layout,
+    ShapeError,
+    UnsupportedError,
+    check_dilation,
+    dilated_attention,
+)
 
 
 class DilatedAttention(nn.Module):
@@ -34,7 +43,10 @@ class DilatedAttention(nn.Module):
         kernels: Kernels | str | None = None,
     ) -> None:
         super().__init__()
-        self.segment_lengths, self.dilation_rates = tuple(segment_lengths), tuple(dilation_rates)
+        dilation = check_dilation(segment_lengths, dilation_rates, head_offset)
+        self.segment_lengths, self.dilation_rates = zip(*dilation.branches, strict=True)
+        if isinstance(attention_dropout, bool) or not 0 <= attention_dropout < 1:
+            raise KeywordError(f"attention_dropout is {attention_dropout!r}; it must be a rate from 0 on, less than 1.")
         self.softmax_scale, self.dropout_p = softmax_scale, attention_dropout
         self.head_offset, self.layout = head_offset, layout
         self.ring, self.ring_size, self.kernels = ring, ring_size, kernels
@@ -87,8 +99,12 @@ class MultiheadDilatedAttention(nn.Module):
         **further: Any,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise KeywordError(f"embed_dim is {embed_dim}, which num_heads, {num_heads}, must divide.")
+        whole = isinstance(embed_dim, int) and isinstance(num_heads, int)
+        if not whole or num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise KeywordError(
+                f"embed_dim is {embed_dim!r} and num_heads {num_heads!r}; they must be whole numbers, of which the "
+                "second divides the first."
+            )
         self.num_heads = num_heads
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(embed_dim, embed_dim, bias, **where) for _ in range(3))
@@ -109,6 +125,8 @@ class MultiheadDilatedAttention(nn.Module):
         """(Attention [B, N, embed_dim], None) of query, key and value [B, N, embed_dim]: weights are never made."""
         width = self.q_proj.in_features
         for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise DtypeError(f"{name} is a {type(x).__name__}; it must be a tensor.")
             if x.ndim != 3 or x.shape[2] != width:
                 raise ShapeError(f"{name} has shape {tuple(x.shape)}; it must be [B, N, {width}].")
         q, k, v = (

@@ -74,6 +74,8 @@ def parse_dilated(text: str) -> tuple[list[int], list[int]]:
     if any(len(pair) != 2 for pair in pairs):
         raise KeywordError(f"--dilated is {text!r}; it must be LENGTH:RATE for each branch, such as 2048:1,4096:2.")
     lengths, rates = zip(*((_integer("--dilated", part, text) for part in pair) for pair in pairs), strict=True)
+    if min(*lengths, *rates) < 1:
+        raise KeywordError(f"--dilated is {text!r}; lengths and rates must be 1 or more.")
     return list(lengths), list(rates)
 
 

@@ -85,7 +85,7 @@ def _inputs(tmp_path):
         ([*CALL, "--window", "1,2,3"], "LEFT,RIGHT"),
         ([*CALL, "--dilated", "4"], "LENGTH:RATE for each branch"),
         ([*CALL, "--dilated", "4:1,8:x"], "'x' is no whole number"),
-        ([*CALL, "--dilated", "4:0"], "dilation_rates is [0]"),
+        ([*CALL, "--dilated", "4:0"], "--dilated is '4:0'; lengths and rates must be 1 or more"),
         ([*CALL, "--dilated", "4:1", "--window", "2,1"], "--dilated and --window came together"),
         ([*CALL, "--dilated", "4:1", "--query-offset", "3"], "--dilated and --query-offset came together"),
         ([*CALL, "--dilated", "4:1", "--head-offset", "some"], "head_offset is 'some'"),

@@ -64,9 +64,18 @@ def test_heads_and_projections():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ringcore.KeywordError, match="embed_dim is 10, which num_heads, 4, must divide"):
+    with pytest.raises(ringcore.KeywordError, match=r"embed_dim is 10 and num_heads 4; .* second divides"):
         MultiheadDilatedAttention(10, 4, [1], [4])
+    for sizes in ((0, 4), (8, 0), (8, 4.0)):
+        with pytest.raises(ringcore.KeywordError, match="must be whole numbers"):
+            MultiheadDilatedAttention(*sizes, [1], [4])
+    with pytest.raises(ringcore.KeywordError, match="segment_lengths is 4; it must hold a whole number"):
+        DilatedAttention(4, 1)
+    with pytest.raises(ringcore.KeywordError, match=r"attention_dropout is 2\.0"):
+        DilatedAttention([4], [1], attention_dropout=2.0)
     layer = MultiheadDilatedAttention(8, 2, [1], [4], layer_norm=False, bias=False)
+    with pytest.raises(ringcore.DtypeError, match="query is a list; it must be a tensor"):
+        layer([1.0], [1.0], [1.0])
     with pytest.raises(ringcore.ShapeError, match=r"query has shape \(3, 8\); it must be \[B, N, 8\]"):
         layer(*draw(3, 8))
     with pytest.raises(ringcore.ShapeError, match=r"value has shape \(1, 4, 6\)"):

@@ -65,3 +65,18 @@ def test_other_numbers_of_queries_are_refused(ring, odd):
     error = failure(lambda: ringcore.decode_attention(q, *mine, ring=ring, layout="striped"))
     check_disagreement(error, ring, odd, "rows of q, which every rank must have")
     check(ring, "striped", "growing", 1)
+
+
+@pytest.mark.parametrize("odd", [0, SIZE - 1])
+@pytest.mark.parametrize(("name", "others", "own"), [
+    ("key_lengths", [3, 3], [3, 2]), ("query_offset", None, [0, 0]), ("query_offset", 3, 2),
+], ids=str)  # fmt: skip
+def test_what_ranks_say_of_the_cache_is_agreed_on_by_name(ring, odd, name, others, own):
+    if SIZE == 1:
+        pytest.skip("there is nobody to differ from")
+    q, k, v = problem(1)
+    mine = [np.ascontiguousarray(ringcore.shard(x, "striped", ring.rank, ring.size)) for x in (k, v)]
+    given = {name: own if ring.rank == odd else others}
+    error = failure(lambda: ringcore.decode_attention(q, *mine, ring=ring, layout="striped", **given))
+    check_disagreement(error, ring, odd, name)
+    check(ring, "striped", "growing", 1)

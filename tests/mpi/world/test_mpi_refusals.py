@@ -270,5 +270,5 @@ def test_branches_of_dilated_attention_are_agreed_on(transport, odd):
     error = failure(lambda: call(([8], [2]), ([8], [0])))
     if SIZE > 1:
         check_refusal(error, transport, odd, KeywordError, "dilation_rates is [0]")
-        check_disagreement(failure(lambda: call(([8], [2]), ([8], [4]))), transport, odd, "dilation")
+        check_disagreement(failure(lambda: call(([8], [2]), ([8], [4]))), transport, odd, "dilation_rates")
     assert sent(transport) == before

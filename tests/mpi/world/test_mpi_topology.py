@@ -170,6 +170,18 @@ def test_what_is_no_grid_is_refused_on_every_rank():
     refused(KeywordError, "ring holds 3 groups", (*both, WORLD))
 
 
+@pytest.mark.parametrize("odd", [0, 3])
+def test_groups_in_the_other_order_on_one_rank_are_refused(odd):
+    if WORLD.size != 4:
+        pytest.skip("2 by 2 is the grid that has both orders")
+    between, inside = grid_comms(2)
+    for ring in ((between, inside), (inside, between)):
+        ringcore.ring_attention(*mine()[:3], ring=ring)
+    turned = (inside, between) if WORLD.rank == odd else (between, inside)
+    with pytest.raises((KeywordError, PeerError), match="ring is two groups here"):
+        ringcore.ring_attention(*mine()[:3], ring=turned)
+
+
 def test_what_a_grid_cannot_deal_is_refused_on_every_rank():
     heads = 2 if WORLD.size % 2 == 0 else 1
     ring = grid_comms(heads)

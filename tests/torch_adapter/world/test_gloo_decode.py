@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from decoding import CALLS, check
 
+import ringcore
 from ringcore_torch import TorchTransport
 
 
@@ -21,3 +22,18 @@ def test_decoding(ring, layout, name, rows):
     found = [None] * ring.size
     dist.all_gather_object(found, bits)
     assert len(set(found)) == 1
+
+
+def test_parameters_of_a_model_are_taken_where_nothing_is_recorded(ring):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, rows, 8, generator=generator) for rows in (1, 12, 12))
+    sinks = torch.nn.Parameter(torch.zeros(2))
+    mine = [ringcore.shard(x, "contiguous", ring.rank, ring.size).contiguous().requires_grad_() for x in (k, v)]
+    with pytest.raises(ringcore.UnsupportedError, match="requires grad, but decode_attention has no gradients"):
+        ringcore.decode_attention(q, *mine, ring=ring, sinks=sinks)
+    due, _ = ringcore.decode_attention(q, k, v, sinks=sinks.detach())
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            out, _ = ringcore.decode_attention(q.requires_grad_(), *mine, ring=ring, sinks=sinks)
+        torch.testing.assert_close(out, due)
+        assert not out.requires_grad

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import ringcore
-from ringcore import KeywordError, ShapeError
+from ringcore import KeywordError, PeerError, ShapeError
 
 LENGTH = 20
 
@@ -64,3 +64,22 @@ def test_meshes_that_are_neither_ring_nor_grid(mesh):
     if mesh.size(1) > 1:
         with pytest.raises(ShapeError, match="k and v have 1 heads"):
             ringcore.ring_attention(q, k[:, :1], v[:, :1], ring=mesh)
+
+
+@pytest.mark.parametrize("rings", [("group", None), (None, "group"), ("group",)], ids=str)
+def test_what_is_no_two_groups_is_refused_by_name(mesh, rings):
+    q, k, v, _ = map(mine, draw())
+    given = tuple(each and mesh.get_group("ring") for each in rings)
+    with pytest.raises(KeywordError, match=r"ring (is a .*NoneType|holds 1 group)"):
+        ringcore.ring_attention(q, k, v, ring=given)
+
+
+def test_groups_in_the_other_order_on_one_rank_are_refused(mesh):
+    if dist.get_world_size() != 4:
+        pytest.skip("2 by 2 is the grid that has both orders")
+    q, k, v, _ = map(mine, draw())
+    groups = mesh.get_group("ring"), mesh.get_group("heads")
+    for ring in (groups, groups[::-1]):
+        ringcore.ring_attention(q, k, v, ring=ring)
+    with pytest.raises((KeywordError, PeerError), match="ring is two groups here"):
+        ringcore.ring_attention(q, k, v, ring=groups[::-1] if dist.get_rank() == 0 else groups)
