@@ -1,15 +1,18 @@
 """`ringcore.testing.check_attention`: right implementations pass, each wrong one is told what it does wrong."""
 
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from given import torch
 
 import ringcore
-from ringcore.testing import ACCEPTS, Case, ask, cases, check_attention
+from ringcore.testing import ACCEPTS, Case, ask, cases, check_attention, questions
+from ringcore.testing.asking import needs
 from ringcore.testing.libraries import library_of
-from ringcore.testing.report import report_of
+from ringcore.testing.report import HANG, Fault, report_of
 from ringcore.testing.signatures import attention_of, signature_of
 
 ALL = tuple(name for name in ACCEPTS if name != "dilated")
@@ -74,14 +77,31 @@ def test_chunks_softmaxed_by_themselves_are_told():
         ("causal", "causal ignored"),
         ("scale", "scale ignored, and its default taken"),
         ("prefix", "prefix ignored"),
+        ("dilated", "dilated ignored"),
     ],
 )
-def test_a_keyword_that_is_taken_and_ignored_is_told(swallowed, due):
+@pytest.mark.parametrize("others", [("causal",), ()], ids=["causal", "alone"])
+def test_a_keyword_that_is_taken_and_ignored_is_told(swallowed, due, others):
     def attention(q, k, v, **keywords):
-        return ringcore.ring_attention(q, k, v, **{name: x for name, x in keywords.items() if name != swallowed})
+        return ringcore.ring_attention(
+            q, k, v, **{name: x for name, x in keywords.items() if swallowed not in needs({name: x})}
+        )
 
-    accepts = "causal", swallowed
+    accepts = {swallowed, *others}
     assert [each.disease.name for each in ask(attention, accepts=accepts).diagnoses] == [due]
+
+
+@pytest.mark.parametrize("word", ACCEPTS)
+def test_every_keyword_is_asked_of_what_takes_no_other(word):
+    asked = list(questions((word,)))
+    assert {name for each in asked for name in needs(each.keywords)} <= {word}
+    assert any(word in needs(each.keywords) or (word == "grouped" and each.problem.group > 1) for each in asked)
+    assert len({each.name for each in asked}) == len(asked)
+
+
+def test_a_keyword_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="accepts holds 'windows'; it must hold some of causal"):
+        ask(ringcore.ring_attention, accepts=("causal", "windows"))
 
 
 def test_a_mistake_that_is_differentiated_has_its_name_too():
@@ -200,6 +220,60 @@ def test_what_is_wrong_beside_the_numbers_is_told():
     assert not found.diagnoses
     assert (1, "the same call gave other numbers the second time") in words
     assert not found.right
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("given", [None, 1.5, [], [[1.5]]], ids=repr)
+def test_what_is_no_array_is_told(given, library):
+    if library == "torch":
+        torch()
+    found = ask(lambda q, k, v, **keywords: given, accepts=(), library=library, ring_sizes=(2,))
+    name = {"NoneType": "NoneType", "float": "float"}.get(type(given).__name__, "list")
+    assert {each.words for each in found.faults} == {f"gave a {name}, not an array"}
+    assert found.asked == len(found.faults) == 7
+    assert not found.diagnoses
+
+
+@pytest.mark.parametrize("signature", ["ringcore", "flash-attn"])
+def test_arrays_of_another_library_and_none_are_told_by_every_signature(signature):
+    torch()
+    for given, name in ((np.zeros((1, 2, 22, 8), "float32"), "ndarray"), (None, "NoneType")):
+        attention = attention_of(lambda q, k, v, given=given: given, signature_of(signature)).attention
+        found = ask(attention, accepts=(), library="torch", ring_sizes=(1,))
+        assert {each.words for each in found.faults} == {f"gave a {name}, not an array"}
+
+
+def test_a_list_that_begins_with_out_is_taken_for_a_tuple():
+    def attention(q, k, v, *, ring_size):
+        return list(ringcore.ring_attention(q, k, v, ring_size=ring_size, return_lse=True))
+
+    assert check_attention(attention, accepts=(), ring_sizes=(2,)).right
+
+
+def test_odd_rings_are_not_told_by_the_ring_of_one():
+    case = cases(accepts=(), ring_sizes=(2,))[0]
+    answered = case.observe(lambda q, k, v, **keywords: ringcore.ring_attention(q, k, v), False, [])
+    for hung, due in (((1,), []), ((1, 3), ["odd rings wait for ever"])):
+        faults = [Fault("plain", size, "no answer", HANG, True) for size in hung]
+        assert [each.disease.name for each in report_of([answered], faults, "float32").diagnoses] == due
+
+
+def test_no_gpu_is_said_by_libraries_that_see_none(monkeypatch):
+    t = torch()
+    monkeypatch.setattr(t.cuda, "device_count", lambda: 0)
+    with pytest.raises(RuntimeError, match="device is 'cuda', but torch sees no GPU here"):
+        library_of("torch", "float32", "cuda").settle(0)
+
+    class NoDriver(RuntimeError):
+        pass
+
+    def count():
+        raise NoDriver
+
+    runtime = SimpleNamespace(CUDARuntimeError=NoDriver, getDeviceCount=count)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=None)))
+    with pytest.raises(RuntimeError, match="device is 'cuda', but cupy sees no GPU here"):
+        library_of("cupy", "float32").settle(0)
 
 
 def test_a_library_that_is_not_known():

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ringcore.testing.diagnosis import Observation
-from ringcore.testing.libraries import Library, library_of
+from ringcore.testing.libraries import Library, NoArray, library_of
 from ringcore.testing.meaning import problem_of
 from ringcore.testing.problem import Dealt, Floats, Question
 from ringcore.testing.report import (
     DTYPE,
+    NO_ARRAY,
     OTHER_RANKS,
     RAISED,
     SHAPE,
@@ -45,16 +46,20 @@ def questions(
 ) -> Iterator[Question]:
     """What is asked of an implementation that takes these keywords beside q, k and v, about so many positions.
 
-    Rows of the table that ringcore's own tests ask, and what reads off weights.
+    Rows of the table that ringcore's own tests ask, and what reads off weights. Rows that are causal beside what they
+    are of are asked without, where "causal" is not taken. Raises ValueError for a word that is not of ACCEPTS.
     """
+    unknown = [name for name in accepts if name not in ACCEPTS]
+    if unknown:
+        raise ValueError(f"accepts holds {unknown[0]!r}; it must hold some of {', '.join(ACCEPTS)}.")
     narrow, wide = (Shape(1, heads, 2, length, length, WIDTH, WIDTH) for heads in (2, 4))
     masked = "causal" if "causal" in accepts else "plain"
     plain = _drawn("plain", narrow, dtype, seed)
     yield plain
     yield replace(plain, name=SUMS, problem=replace(plain.problem, v=np.ones_like(plain.problem.v)))
     for row in ROWS:
-        asked = _drawn(row, narrow, dtype, seed)
-        if needs(asked.keywords) <= set(accepts):
+        asked = _drawn(row, narrow, dtype, seed, causal="causal" in accepts)
+        if asked.keywords and needs(asked.keywords) <= set(accepts):
             yield asked
     if "dilated" in accepts:  # with heads enough to tell their offsets apart; few take grouped ones
         yield replace(_drawn("dilated, two branches", replace(wide, key_heads=4), dtype, seed), name="dilated, 4 heads")
@@ -75,13 +80,15 @@ def needs(keywords: Mapping[str, Any]) -> set[str]:
     return {"dilated" if name in ("segment_lengths", "dilation_rates") else name for name in keywords}
 
 
-def _drawn(row: str, shape: Shape, dtype: str, seed: int, times: float = 1.0) -> Question:
+def _drawn(row: str, shape: Shape, dtype: str, seed: int, times: float = 1.0, causal: bool = True) -> Question:
     arrays, keywords = draw(row, np.random.default_rng([seed, *map(ord, row)]), shape, dtype)
     arrays["q"] = (arrays["q"] * (_TIMES * times)).astype(dtype)
     arrays["dlse"] = np.zeros_like(arrays["dlse"])  # nobody is asked for lse
     if not np.any(keywords.get("query_offset", 0)):
         keywords.pop("query_offset", None)
-    return Question(row, problem_of(arrays, keywords), keywords)
+    if not causal:
+        keywords.pop("causal", None)
+    return Question(row if causal else row.removesuffix(", causal"), problem_of(arrays, keywords), keywords)
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,9 @@ def answer(
             library.call(attention, arrays, problem.dout if gradients else None, ring_size=size, **keywords)
             for _ in range(2)
         )
+    except NoArray as error:
+        wrong(NO_ARRAY, str(error), unanswered=True)
+        return None
     except Exception as error:  # theirs, whatever it is: the next question is asked all the same
         wrong(RAISED, f"raised {type(error).__name__}: {error}", unanswered=True)
         return None

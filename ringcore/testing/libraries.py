@@ -12,6 +12,10 @@ from ringcore.testing.problem import Floats
 GRADIENTS = ("dq", "dk", "dv")
 
 
+class NoArray(TypeError):
+    """What attention gave is no array of the library."""
+
+
 class Library:
     """NumPy, which has no gradients.
 
@@ -48,7 +52,18 @@ class Library:
 
     def call(self, attention: Callable[..., Any], arrays: list[Any], dout: Floats | None, **keywords: Any) -> Any:
         """out, and with ``dout`` the gradients if the library makes any, by name."""
-        return {"out": _first(attention(*arrays, **keywords))}
+        return {"out": self.out_of(attention(*arrays, **keywords))}
+
+    def out_of(self, result: Any) -> Any:
+        """out of what attention gives. Raises NoArray."""
+        out = first(result)
+        if not self.holds(out):
+            raise NoArray(f"gave a {type(out).__name__}, not an array")
+        return out
+
+    def holds(self, x: Any) -> bool:
+        """Whether it is an array that can be read."""
+        return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 class Torch(Library):
@@ -61,7 +76,7 @@ class Torch(Library):
         if self.device == "cuda":
             import torch
 
-            torch.cuda.set_device(rank % torch.cuda.device_count())
+            torch.cuda.set_device(rank % _some_gpus("torch", torch.cuda.device_count()))
 
     def gpu(self) -> str | None:
         """As `Library.gpu`."""
@@ -85,6 +100,12 @@ class Torch(Library):
         """As `Library.back`."""
         return np.asarray(x.detach().double().cpu().numpy())
 
+    def holds(self, x: Any) -> bool:
+        """As `Library.holds`: autograd and ``back`` are of tensors alone."""
+        import torch
+
+        return isinstance(x, torch.Tensor)
+
     def call(self, attention: Callable[..., Any], arrays: list[Any], dout: Floats | None, **keywords: Any) -> Any:
         """As `Library.call`."""
         import torch
@@ -92,7 +113,7 @@ class Torch(Library):
         if dout is None:
             return super().call(attention, arrays, dout, **keywords)
         leaves = [x.detach().requires_grad_() for x in arrays]
-        out = _first(attention(*leaves, **keywords))
+        out = self.out_of(attention(*leaves, **keywords))
         found = torch.autograd.grad(out, leaves, self.make(dout), allow_unused=True, materialize_grads=True)
         return {"out": out.detach(), **dict(zip(GRADIENTS, found, strict=True))}
 
@@ -129,7 +150,7 @@ class Jax(Library):
 
         if dout is None:
             return super().call(attention, arrays, dout, **keywords)
-        out, pull_back = jax.vjp(lambda *given: _first(attention(*given, **keywords)), *arrays)
+        out, pull_back = jax.vjp(lambda *given: self.out_of(attention(*given, **keywords)), *arrays)
         return {"out": out, **dict(zip(GRADIENTS, pull_back(self.make(dout)), strict=True))}
 
 
@@ -142,7 +163,11 @@ class CuPy(Library):
         """As `Library.settle`."""
         import cupy
 
-        cupy.cuda.Device(rank % cupy.cuda.runtime.getDeviceCount()).use()
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError:  # no driver
+            count = 0
+        cupy.cuda.Device(rank % _some_gpus("cupy", count)).use()
 
     def gpu(self) -> str | None:
         """As `Library.gpu`."""
@@ -183,6 +208,13 @@ def library_of(name: str, dtype: str, device: str | None = None) -> Library:
     return kind(dtype, device)
 
 
-def _first(result: Any) -> Any:
+def first(result: Any) -> Any:
     """out of what attention gives: it may bring lse."""
-    return result[0] if isinstance(result, tuple) else result
+    return result[0] if isinstance(result, (tuple, list)) and result else result
+
+
+def _some_gpus(library: str, count: int) -> int:
+    """How many GPUs there are. Raises RuntimeError if there is none."""
+    if count == 0:
+        raise RuntimeError(f"device is 'cuda', but {library} sees no GPU here.")
+    return count

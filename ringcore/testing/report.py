@@ -17,6 +17,7 @@ TOLERANCES = {"float64": 1e-9, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-
 SUMS = "v of ones, so that out is the sum of weights"
 WEIGHTS = "v of 0 and 1, so that out is the weights"
 HANG, ENDED, RAISED = "no answer in time", "the process ended", "raised"
+NO_ARRAY = "no array"
 SHAPE, DTYPE, WRITTEN, UNSTEADY = "wrong shape", "wrong dtype", "inputs written to", "not the same twice"
 OTHER_RANKS = ", in a group of other ranks"  # of a question that was asked so
 
@@ -31,7 +32,7 @@ GLOBAL = Disease(
 class Fault:
     """What is wrong with one answer, apart from its numbers: on which question and ring, and what happened.
 
-    kind: HANG, ENDED, RAISED, SHAPE, DTYPE, WRITTEN or UNSTEADY. unanswered: whether there was no answer.
+    kind: HANG, ENDED, RAISED, NO_ARRAY, SHAPE, DTYPE, WRITTEN or UNSTEADY. unanswered: whether there was no answer.
     """
 
     question: str
@@ -123,11 +124,12 @@ def _hard_coded(faults: Sequence[Fault]) -> list[Diagnosis]:
 
 
 def _odd(observations: Sequence[Observation], faults: Sequence[Fault]) -> list[Diagnosis]:
-    """Whether rings of an odd size alone hang."""
+    """Whether rings of an odd size alone hang, of which that of one rank says nothing."""
     hung = tuple(sorted({fault.size for fault in faults if fault.kind == HANG}))
     answered = {each.dealt.size for each in observations}
     even = any(size % 2 == 0 for size in answered)
-    return [Diagnosis(ODD, hung)] if hung and even and all(size % 2 for size in hung) and not {*hung} & answered else []
+    odd = max(hung, default=0) > 1 and all(size % 2 for size in hung)
+    return [Diagnosis(ODD, hung)] if odd and even and not {*hung} & answered else []
 
 
 def _among_other_ranks(observations: Sequence[Observation], faults: Sequence[Fault], dtype: str) -> list[Diagnosis]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ringcore.testing.asking import ACCEPTS, Attention
+from ringcore.testing.libraries import first
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ SIGNATURES = {
     "seed": Signature({"causal": "causal"}, "torch", sequence_first=True, grouped=False),
 }
 _RING = "ring_size"
+_OF_FILES = "attention", "ACCEPTS", "LIBRARY"
 _JOINED = "ring", "group", "process_group", "comm"
 
 
@@ -89,12 +91,20 @@ class Means(NamedTuple):
 def signature_of(name: str) -> Signature | dict[str, Any]:
     """One of SIGNATURES, or what a Python file of this name says, which is run now.
 
-    It has ``attention(function, q, k, v, *, ring_size, **keywords)``, ``ACCEPTS`` and ``LIBRARY``.
+    It has ``attention(function, q, k, v, *, ring_size, **keywords)``, ``ACCEPTS`` and ``LIBRARY``. Raises ValueError
+    for one without them.
     """
     if name in SIGNATURES:
         return SIGNATURES[name]
     sys.path.append(str(Path(name).resolve().parent))  # what lies beside it may be imported
-    return runpy.run_path(name)
+    found = runpy.run_path(name)
+    missing = [each for each in _OF_FILES if each not in found]
+    if missing:
+        raise ValueError(
+            f"{name} has no {' and no '.join(missing)}; a signature's file must have attention(function, q, k, v, *, "
+            "ring_size, **keywords), ACCEPTS, the keywords that it takes, and LIBRARY, whose arrays it takes."
+        )
+    return found
 
 
 def attention_of(function: Attention, kind: Signature | dict[str, Any], ring: Any = None) -> Means:
@@ -128,8 +138,8 @@ def attention_of(function: Attention, kind: Signature | dict[str, Any], ring: An
             named[kind.grouped] = True
         if not kind.sequence_first:
             return function(q, k, v, **named)
-        result = function(*(x.swapaxes(1, 2) for x in (q, k, v)), **named)
-        return (result[0] if isinstance(result, tuple) else result).swapaxes(1, 2)
+        out = first(function(*(x.swapaxes(1, 2) for x in (q, k, v)), **named))
+        return out.swapaxes(1, 2) if hasattr(out, "swapaxes") else out  # what is no array is told by who asked
 
     return Means(attention, accepts, kind.library, joined is not None)
 
