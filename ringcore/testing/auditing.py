@@ -14,7 +14,7 @@ from ringcore.layout import resolve_layout
 from ringcore.testing.asking import asked
 from ringcore.testing.diagnosis import NAMES, Observation
 from ringcore.testing.libraries import library_of
-from ringcore.testing.problem import Dealt, Floats
+from ringcore.testing.problem import Dealt, Floats, Question
 from ringcore.testing.report import ENDED, HANG, OTHER_RANKS, Fault, Report, report_of
 from ringcore.testing.running import Spec, read, run_worker
 
@@ -92,7 +92,7 @@ def audit(spec: Spec) -> Audit:
 
 
 def _found(spec: Spec) -> tuple[list[Observation], list[Fault], dict[str, Any]] | str:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:  # one that was ended may still write
         return _asked(spec, Path(name))
 
 
@@ -101,53 +101,69 @@ def _asked(spec: Spec, folder: Path) -> tuple[list[Observation], list[Fault], di
 
     A ring that hangs on two questions in turn is asked no more.
     """
-    ended, first, hung = dict[int, tuple[str, str]](), 0, Counter[int]()
+    ended, first, hung, given_up = dict[int, tuple[str, str]](), 0, Counter[int](), list[int]()
     while True:
-        given_up = [size for size, times in hung.items() if times > 1]
         why = run_worker(spec, first, given_up, folder)
         known, begun = read(folder / "asked.json"), read(folder / "begun.json")
-        if known is None:
+        if known is None or (why is not None and begun is None):
             return why[0] if why else "it said nothing"
-        if why is None:
-            return *_collected(spec, folder, known, ended, given_up), known
-        if begun is None:
-            return why[0]
-        number = max(first, begun["number"])
-        ended[number] = why
-        hung[begun["size"]] += why[1] == HANG
-        first = number + 1
+        made = library_of(known["library"], spec.dtype, spec.device)
+        everything = asked(known["accepts"], spec.ring_sizes, made, spec.length, bool(spec.strangers))
+        if why is not None:
+            number = max(first, begun["number"])
+            ended[number] = why
+            hung[everything[number][1]] += why[1] == HANG
+            given_up = [size for size, times in hung.items() if times > 1]
+            left = (each for each in range(number + 1, len(everything)) if everything[each][1] not in given_up)
+            first = next(left, len(everything))
+        if why is None or first == len(everything):
+            return *_collected(spec, folder, everything, ended, given_up), known
 
 
 def _collected(
-    spec: Spec, folder: Path, known: dict[str, Any], ended: dict[int, tuple[str, str]], given_up: list[int]
-) -> tuple[list[Observation], list[Fault]]:
-    made, launched = library_of(known["library"], spec.dtype, spec.device), spec.launcher != "local"
+    spec: Spec, folder: Path, everything: list[tuple[Question, int]], ended: dict[int, tuple[str, str]],
+    given_up: list[int],
+) -> tuple[list[Observation], list[Fault]]:  # fmt: skip
+    launched = spec.launcher != "local"
     observations, faults = list[Observation](), list[Fault]()
-    for number, (question, size) in enumerate(
-        asked(known["accepts"], spec.ring_sizes, made, spec.length, bool(spec.strangers))
-    ):
+    for number, (question, size) in enumerate(everything):
+        told = _told(folder, number, question.name, size, launched)
         if number in ended:
             faults.append(Fault(question.name, size, *ended[number], True))
+            faults += [replace(each, unanswered=False) for each in told]
             continue
         if size in given_up and not (folder / f"{number}.0.json").exists():
             faults.append(Fault(question.name, size, "not asked, after two questions without an answer", HANG))
             continue
+        faults += told
         dealt = Dealt.contiguous(spec.length, spec.length, size)
         if launched:
             dealt = Dealt.by(resolve_layout(spec.layout, spec.length, size))
-        parts = []
+        parts, missing = [], []
         for rank in range(size if launched else 1):
-            where = f"rank {rank}: " if launched else ""
-            for words, kind, unanswered in read(folder / f"{number}.{rank}.json") or []:
-                faults.append(Fault(question.name, size, where + words, kind, unanswered and not rank))
             path = folder / f"{number}.{rank}.npz"
             if path.exists():
                 with np.load(path) as given:
                     parts.append({name: given[name] for name in given.files})
+            else:
+                missing.append(str(rank))
         found = _joined(parts, dealt) if launched else parts[0] if parts else {}
         if found:
             observations.append(Observation(question.problem, dealt, found, question.name))
+        elif not told:
+            faults.append(Fault(question.name, size, f"no answer of rank {', '.join(missing)}", ENDED, True))
     return observations, faults
+
+
+def _told(folder: Path, number: int, question: str, size: int, launched: bool) -> list[Fault]:
+    """What the ranks that answered or raised said is wrong beside numbers; one unanswered question is counted once."""
+    found = list[Fault]()
+    for rank in range(size if launched else 1):
+        where = f"rank {rank}: " if launched else ""
+        for words, kind, unanswered in read(folder / f"{number}.{rank}.json") or []:
+            counted = any(each.unanswered for each in found)
+            found.append(Fault(question, size, where + words, kind, unanswered and not counted))
+    return found
 
 
 def _joined(parts: list[dict[str, Floats]], dealt: Dealt) -> dict[str, Floats]:

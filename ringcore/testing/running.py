@@ -17,10 +17,11 @@ from typing import Any
 
 from ringcore.errors import MissingDependency
 from ringcore.testing.asking import LENGTH
-from ringcore.testing.report import ENDED, HANG
+from ringcore.testing.report import ENDED, HANG, RAISED
 
 LAUNCHERS = ("local", "mpiexec", "torchrun")
 _START = 60.0
+_LEAVE = 5.0  # seconds for processes to end by themselves, once all is answered
 _FRAME = re.compile(r'File "(.*)", line (\d+) in (\S+)')
 _ERROR = re.compile(r"(\[rank\d+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Exit|Dependency)\b")
 
@@ -61,7 +62,7 @@ def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tup
 
     It begins with question ``first``; rings of the sizes in ``given_up`` are not asked.
     """
-    for old in (*folder.glob("process.*"), *folder.glob("ready")):
+    for old in (path for name in ("process.*", "ready", "done.*", "stuck.*") for path in folder.glob(name)):
         old.unlink()
     path, said = folder / "spec.json", folder / "said.txt"
     path.write_text(json.dumps({**asdict(spec), "first": first, "given_up": given_up, "start": spec.start}))
@@ -70,22 +71,41 @@ def run_worker(spec: Spec, first: int, given_up: list[int], folder: Path) -> tup
             [*_launch(spec), "-m", "ringcore.testing.worker", str(path), str(folder)], stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        seen, since = _progress(folder), time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.02)
-            now = _progress(folder)
-            if now != seen:
-                seen, since = now, time.monotonic()
-            elif time.monotonic() - since > (limit := spec.deadline if (folder / "ready").exists() else spec.start):
+        try:
+            why = _watched(process, spec, folder)
+        finally:  # whatever ends the watch, Ctrl-C among it: they are in sessions of their own
+            running = process.poll() is None
+            if running:
                 _end(process, folder)
-                return f"no answer within {limit:g} s{_whereabouts(spec, folder)}", HANG
-    if process.returncode == 0 and len(list(folder.glob("done.*.json"))) == _ranks(spec):
-        return None
+    if running or why is not None or (process.returncode == 0 and _done(spec, folder)):
+        return why
     lines = said.read_text(errors="replace").strip().splitlines()
     # The first error of those of all ranks and of the launcher, which only says that some failed.
     telling = next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
     words = f"; it said: {telling}" if telling else ""
     return f"the process ended with status {process.returncode}{words}", ENDED
+
+
+def _watched(process: subprocess.Popen[bytes], spec: Spec, folder: Path) -> tuple[str, str] | None:
+    """Until it ends, has answered all and does not end, or makes no progress, which is what it returns."""
+    seen, since = _progress(folder), time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.02)
+        now = _progress(folder)
+        still = time.monotonic() - since
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif _done(spec, folder):
+            if still > _LEAVE:
+                return None
+        elif still > (limit := spec.deadline if (folder / "ready").exists() else spec.start):
+            return f"no answer within {limit:g} s{_whereabouts(spec, folder)}", HANG
+    return None
+
+
+def _done(spec: Spec, folder: Path) -> bool:
+    """Whether every rank has answered all that it was asked."""
+    return len(list(folder.glob("done.*.json"))) == _ranks(spec)
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
@@ -104,14 +124,15 @@ def _ranks(spec: Spec) -> int:
 
 
 def _whereabouts(spec: Spec, folder: Path) -> str:
-    """Where each rank was when the deadline came near: its innermost line, or that it had answered."""
+    """Where each rank was when the deadline came near: its innermost line, or that it had answered or raised."""
     begun, found = read(folder / "begun.json"), []
     for rank in range(_ranks(spec)):
         stuck = folder / f"stuck.{rank}.txt"
         frames = _FRAME.findall(stuck.read_text().rpartition("Thread 0x")[2]) if stuck.exists() else []
         who = "it" if spec.launcher == "local" else f"rank {rank}"
-        if begun and (folder / f"{begun['number']}.{rank}.json").exists():
-            found.append(f"{who} answered")
+        faults = read(folder / f"{begun['number']}.{rank}.json") if begun else None
+        if faults is not None:
+            found.append(f"{who} {'raised' if any(kind == RAISED for _, kind, _ in faults) else 'answered'}")
         elif frames:  # of its last thread, which is the main one, the innermost first
             file, line, name = frames[0]
             found.append(f"{who} was at {Path(file).name}:{line}, in {name}")

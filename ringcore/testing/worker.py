@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import ringcore
+from ringcore.errors import KeywordError
 from ringcore.layout import resolve_layout
 from ringcore.testing.asking import answer, asked
 from ringcore.testing.libraries import library_of
@@ -44,6 +45,11 @@ def main(spec: dict[str, Any], folder: Path) -> None:
     kind = signature_of(spec["signature"])  # first: a file may prepare what the target needs
     attention, accepts, library, joins = attention_of(load(spec["target"]), kind, ring)
     library = spec["library"] or library
+    for name in spec["accepts"]:
+        if name not in accepts:
+            raise KeywordError(
+                f"--only holds {name!r}, but {spec['target']} takes {', '.join(accepts) or 'no keyword'}."
+            )
     accepts = tuple(name for name in accepts if name in (spec["accepts"] or accepts))
     made = library_of(library, spec["dtype"], spec["device"])
     made.settle(rank)
@@ -59,11 +65,14 @@ def main(spec: dict[str, Any], folder: Path) -> None:
             },
         )
     (folder / "ready").touch()
+    before = None
     for number in range(spec["first"], len(everything)):
         question, size = everything[number]
         if size in spec["given_up"]:
             continue
         if rank == 0:
+            if before is not None and ring is not None:
+                _await_all(folder, before, size)
             _write(folder / "begun.json", {"number": number, "question": question.name, "size": size})
         else:
             _await(folder / "begun.json", number)
@@ -76,6 +85,7 @@ def main(spec: dict[str, Any], folder: Path) -> None:
         if given is not None:
             np.savez(folder / f"{number}.{rank}.npz", **given)  # type: ignore[arg-type]
         _write(folder / f"{number}.{rank}.json", [[each.words, each.kind, each.unanswered] for each in faults])
+        before = number
     _write(folder / f"done.{rank}.json", True)
 
 
@@ -120,6 +130,12 @@ def _versions(target: str, library: str, gpu: str | None) -> dict[str, str]:
 def _await(begun: Path, number: int) -> None:
     """Until the first rank has said that this question begins: what a rank does in it is not put down to another."""
     while (read(begun) or {"number": -1})["number"] < number:
+        time.sleep(0.002)
+
+
+def _await_all(folder: Path, number: int, ranks: int) -> None:
+    """Until every rank has answered this question: the next is not blamed for one that never does."""
+    while not all((folder / f"{number}.{rank}.json").exists() for rank in range(ranks)):
         time.sleep(0.002)
 
 

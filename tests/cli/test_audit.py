@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -11,8 +13,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from ringcore.cli.auditing import ring_sizes
+
 PLANTED = """
-import os, sys, time
+import os, sys, threading, time
 import numpy as np
 import ringcore
 
@@ -111,6 +115,25 @@ def dies_on_one_rank(q, k, v, *, ring):
     return q
 
 
+def one_rank_fails(q, k, v, *, ring):
+    if (v == 1).all() and ring.Get_rank() == 1:  # and nobody waits for it
+        time.sleep(600)
+    if abs(q).max() > 200:
+        if ring.Get_rank() == 1:
+            raise ValueError("too large")
+        ring.Barrier()
+    return q
+
+
+def leaves_a_thread(q, k, v, *, ring_size):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    return right(q, k, v, ring_size=ring_size)
+
+
+def says_half_a_character(q, k, v, *, ring_size):
+    raise ValueError(chr(0xDC80))
+
+
 number = 5
 """
 CUSTOM = """
@@ -187,7 +210,7 @@ def test_numbers_that_json_does_not_have_are_null(audit, tmp_path):
 
 
 def test_what_a_function_does_to_its_process_ends_no_audit(audit):
-    answer, report = audit("misbehaving", "--ranks", "1,2,3,4,5,6", "--deadline", "8", "--only", "causal")
+    answer, report = audit("misbehaving", "--ranks", "1,2,3,4,5,6", "--deadline", "8", "--only", "grouped")
     assert answer.status == 1
     said = {(each["ring_size"], each["what"]) for each in report["faults"]}
     assert {size for size, _ in said} == {2, 3, 4, 5, 6}
@@ -255,20 +278,20 @@ def test_a_process_for_each_rank_under_mpiexec(audit):
 @pytest.mark.skipif(launched(), reason="itself under mpiexec: ranks start no ranks")
 def test_what_only_several_processes_show(audit):
     options = "--launcher", "mpiexec", "--ranks", "2"
-    _, report = audit("waits_for_ever", *options, "--only", "causal", "--deadline", "8")
+    _, report = audit("waits_for_ever", *options, "--only", "grouped", "--deadline", "8")
     assert {each["kind"] for each in report["faults"]} == {"no answer in time"}
     where = report["faults"][0]["what"]
     assert where.startswith("no answer within 8 s: rank 0 was at planted.py:")
     assert "rank 1 was at planted.py:" in where
     assert "in waits_for_ever" in where
-    _, report = audit("of_the_world", *options, "--only", "scale", "--deadline", "10")
+    _, report = audit("of_the_world", *options, "--only", "grouped", "--deadline", "10")
     (found,) = report["diagnoses"]
     assert found["name"] == "a global rank used for a group's rank"
     assert all(each["question"].endswith(", in a group of other ranks") for each in report["faults"])
 
 
 def test_odd_rings_that_hang_are_told(audit):
-    answer, report = audit("odd_rings_hang", "--ranks", "2,3", "--deadline", "8", "--only", "scale")
+    answer, report = audit("odd_rings_hang", "--ranks", "2,3", "--deadline", "8", "--only", "grouped")
     (found,) = report["diagnoses"]
     assert (found["name"], found["ring_sizes"]) == ("odd rings wait for ever", [3])
     assert (found["error"], found["fit"]) == (None, None)
@@ -305,15 +328,134 @@ def test_a_process_for_each_rank_under_torchrun(audit):
 
 def test_ranks_under_torchrun_that_hang_are_ended(audit, tmp_path):
     pytest.importorskip("torch")
-    options = "--launcher", "torchrun", "--ranks", "2", "--library", "torch", "--only", "causal", "--deadline", "15"
+    options = "--launcher", "torchrun", "--ranks", "2", "--library", "torch", "--only", "grouped", "--deadline", "15"
     _, report = audit("sleeps", *options)
     assert "rank 1 was at planted.py" in report["faults"][0]["what"]
     time.sleep(0.5)
-    left = []
+    assert running_in(tmp_path) == [str(os.getpid())]
+
+
+def running_in(folder):
+    """The processes that have this folder for their own."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            left += [process.name] if (process / "cwd").readlink() == tmp_path else []
-    assert left == [str(os.getpid())]
+            found += [process.name] if (process / "cwd").readlink() == folder else []
+    return found
+
+
+@pytest.fixture
+def _heard():
+    """Programs that are started here hear Ctrl-C, which a shell makes its background jobs ignore, children and all."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard", "audit")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_no_worker_and_no_file(tmp_path, sent, status):
+    files = tmp_path / "files"
+    files.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "ringcore.cli", "audit", "planted:misbehaving", "--ranks", "3"], cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(files)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        until = time.monotonic() + 60
+        while not list(files.glob("*/begun.json")) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert len(running_in(tmp_path)) == 3  # this one, the command, and its worker
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (status, "")
+    assert running_in(tmp_path) == [str(os.getpid())]
+    assert list(files.iterdir()) == []
+
+
+def test_a_worker_that_has_answered_all_and_does_not_end_is_ended(audit, tmp_path):
+    answer, report = audit("leaves_a_thread", "--ranks", "2", "--deadline", "30")
+    assert answer.status == 0, answer.out
+    assert report["asked"] == 8
+    assert running_in(tmp_path) == [str(os.getpid())]
+
+
+def test_a_target_whose_process_never_ends_well_is_audited_to_the_end(audit, tmp_path):
+    (tmp_path / "leaving.py").write_text(
+        "import atexit, os\nfrom planted import right\natexit.register(lambda: os._exit(3))\n"
+    )
+    answer, report = audit("leaving:right", "--ranks", "2")
+    assert answer.status == 1
+    (fault,) = report["faults"]
+    assert fault["what"].startswith("the process ended with status 3")
+    assert report["asked"] == 9
+
+
+@pytest.mark.skipif(launched(), reason="itself under mpiexec: ranks start no ranks")
+def test_what_one_rank_does_is_put_down_to_its_question(audit):
+    options = "--launcher", "mpiexec", "--ranks", "2", "--only", "grouped", "--deadline", "8"
+    _, report = audit("one_rank_fails", *options)
+    asleep, waiting, raised, *rest = report["faults"]
+    assert asleep["question"] == "v of ones, so that out is the sum of weights"
+    assert asleep["what"].startswith("no answer within 8 s: rank 0 answered; rank 1 was at planted.py:")
+    assert waiting["question"] == raised["question"] == "scores 128 times as large"
+    assert waiting["what"].startswith("no answer within 8 s: rank 0 was at planted.py:")
+    assert waiting["what"].endswith("; rank 1 raised")
+    assert raised["what"] == "rank 1: raised ValueError: too large"
+    assert {each["what"] for each in rest} == {"not asked, after two questions without an answer"}
+    assert {each["question"] for each in report["errors"]} == {"plain", "grouped heads", "scores 8 times as large"}
+
+
+def test_only_what_the_function_takes_is_asked_for(audit):
+    answer, report = audit("right", "--only", "causal,window")
+    assert answer.status == 1
+    assert "--only holds 'window', but planted:right takes causal, grouped." in report["faults"][0]["what"]
+
+
+def test_words_that_the_terminal_has_no_bytes_for_are_written_all_the_same(audit, tmp_path):
+    answer, report = audit("says_half_a_character", "--ranks", "1", "--html", "page.html")
+    assert answer.status == 1
+    assert "\\udc80" in answer.out
+    assert "\\udc80" in (tmp_path / "page.html").read_text()
+    assert report["faults"][0]["what"] == "raised ValueError: \udc80"
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_reports_that_cannot_be_written_are_refused_before_anything_is_asked(refused, tmp_path, monkeypatch, option):
+    monkeypatch.setattr("ringcore.cli.auditing.audit", lambda spec: pytest.fail("asked"))
+    said = refused(2, "audit", "planted:right", option, "nowhere/report")
+    assert said == "ringcore: error: the report cannot be written to nowhere/report: there is no folder nowhere.\n"
+    assert "it is a folder" in refused(2, "audit", "planted:right", option, ".")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "permission denied" in refused(2, "audit", "planted:right", option, "report")
+
+
+def test_a_report_that_cannot_be_written_in_the_end_is_printed(ringcore, audit, tmp_path, monkeypatch):
+    monkeypatch.setattr("ringcore.cli.auditing._check_written", lambda path: None)
+    answer = ringcore("audit", "planted:nothing_but_nan", "--ranks", "1", "--json", "nowhere/report.json")
+    assert answer.status == 2
+    assert "not right, in no way that is known" in answer.out
+
+
+def test_a_library_that_sees_no_gpu_says_so(audit):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    answer, report = audit("right", "--library", "torch", "--device", "cuda")
+    assert answer.status == 1
+    assert "device is 'cuda', but torch sees no GPU here." in report["faults"][0]["what"]
+
+
+def test_a_signature_that_lacks_something_is_told_what(audit, tmp_path):
+    (tmp_path / "empty.py").write_text("LIBRARY = 'numpy'")
+    _, report = audit("right", "--signature", "empty.py")
+    assert "empty.py has no attention and no ACCEPTS; a signature's file must have" in report["faults"][0]["what"]
+    (tmp_path / "custom.py").write_text(CUSTOM.replace('("causal",)', '("causal", "colour")'))
+    _, report = audit("right", "--signature", "custom.py")
+    assert "accepts holds 'colour'; it must hold some of causal" in report["faults"][0]["what"]
+
+
+def test_ring_sizes_are_asked_once_each():
+    assert ring_sizes("2, 1,2") == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +471,11 @@ def test_ranks_under_torchrun_that_hang_are_ended(audit, tmp_path):
         (("--device", "abacus"), "--device is 'abacus'; it must be one of cpu, cuda"),
         (("--only", "causal,colour"), "--only holds 'colour'"),
         (("--deadline", "0"), "--deadline is 0"),
+        (("--deadline", "inf"), "--deadline is inf"),
+        (("--deadline", "nan"), "--deadline is nan"),
+        (("--deadline", "1e12"), "--deadline is 1e+12; it must be a number of seconds above 0, up to 1e+06"),
+        (("--ranks", "²"), "--ranks is '²'"),
+        (("--library", "numpy", "--device", "cuda"), "--device is 'cuda'; arrays of numpy are on cpu."),
     ],
 )
 def test_wrong_usage(ringcore, options, words):
