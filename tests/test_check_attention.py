@@ -198,6 +198,89 @@ def test_gradients_of_the_wrong_ranks_keys_are_told():
     assert found.diagnoses[0].results == ("dk", "dv")
 
 
+def ring_by_lse(t, turned=0):
+    """A ring as most are: forward merges by logaddexp, backward takes exp(s - lse); dk and dv of so many ranks on."""
+
+    class Ring(t.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, size):
+            found = []
+            for rows in q.tensor_split(size, 2):
+                out, lse = t.zeros_like(rows), t.full_like(rows[..., :1], -t.inf)
+                for keys, values in zip(k.tensor_split(size, 2), v.tensor_split(size, 2), strict=True):
+                    scores = rows @ keys.mT * q.shape[3] ** -0.5
+                    own = scores.logsumexp(-1, keepdim=True)
+                    both = t.logaddexp(lse, own)
+                    out = out * (lse - both).exp() + (scores - own).exp() @ values * (own - both).exp()
+                    lse = both
+                found.append((out, lse))
+            out, lse = (t.cat(each, 2) for each in zip(*found, strict=True))
+            ctx.size = size
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx, dout):
+            q, k, v, out, lse = ctx.saved_tensors
+            scale, delta = q.shape[3] ** -0.5, (dout * out).sum(-1, keepdim=True)
+            weights = (q @ k.mT * scale - lse).exp()
+            dscores = weights * (dout @ v.mT - delta) * scale
+            dk, dv = (turn(x, ctx.size) for x in (dscores.mT @ q, weights.mT @ dout))
+            return dscores @ k, dk, dv, None
+
+    def turn(x, size):
+        parts = x.tensor_split(size, 2)
+        found = [t.zeros_like(part) for part in parts]
+        for mine, theirs in zip(found, [parts[(rank + turned) % size] for rank in range(size)], strict=True):
+            count = min(mine.shape[2], theirs.shape[2])
+            mine[:, :, :count] = theirs[:, :, :count]
+        return t.cat(found, 2)
+
+    return lambda q, k, v, *, ring_size: Ring.apply(q, k, v, ring_size)
+
+
+@pytest.mark.parametrize("length", [22, 48])
+def test_a_ring_whose_backward_takes_exp_of_scores_minus_lse_is_right(length):
+    """Where scores are large its dk is what is left of numbers that are a thousand times as large."""
+    keywords = {"accepts": (), "library": "torch", "ring_sizes": (2, 3, 4), "length": length}
+    assert check_attention(ring_by_lse(torch()), **keywords).right
+    for turned, words in ((1, "of the next"), (-1, "of the one before")):
+        found = ask(ring_by_lse(torch(), turned), **keywords)
+        assert [each.disease.name for each in found.diagnoses] == [f"dk and dv one rank off: {words}"]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_sink_in_each_hop_is_told_whether_or_not_hidden_hops_are_passed_by(skips):
+    def attention(q, k, v, *, ring_size, causal=False, sinks=None):
+        places = np.array_split(np.arange(q.shape[2]), ring_size)
+        sinks = np.full(q.shape[1], -np.inf) if sinks is None else sinks
+        found = []
+        for rank, mine in enumerate(places):
+            total, out = 0.0, 0.0
+            for hop in range(ring_size):
+                theirs = places[rank - hop]
+                if causal and skips and theirs[0] > mine[-1]:
+                    continue
+                scores = q[:, :, mine].astype(float) @ k[:, :, theirs].swapaxes(2, 3) * q.shape[3] ** -0.5
+                power = np.exp(scores) * (~np.bool_(causal) | (theirs <= mine[:, None]))
+                total = total + power.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]
+                out = out + power @ v[:, :, theirs]
+            found.append(out / total)
+        return np.concatenate(found, 2).astype(q.dtype)
+
+    def of_small_scores(q, *x, **keywords):  # exp of others would need a maximum
+        return (attention if np.abs(q).max() < 10 else right_one)(q, *x, **keywords)
+
+    def right_one(q, k, v, *, ring_size, causal=False, sinks=None):
+        return ringcore.ring_attention(q, k, v, ring_size=ring_size, causal=causal, sinks=sinks)
+
+    found = ask(of_small_scores, accepts=("causal", "sinks"), ring_sizes=(1, 2, 3, 4))
+    due = "sinks counted once for each hop" + " that shows a row something" * skips
+    assert [(each.disease.name, each.sizes, each.questions) for each in found.diagnoses] == [
+        (due, (2, 3, 4), ("sinks",))
+    ]
+
+
 def test_what_is_wrong_beside_the_numbers_is_told():
     calls = []
 

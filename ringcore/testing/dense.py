@@ -74,13 +74,23 @@ def backward(problem: Problem, weights: Floats, delta: Floats | None = None) -> 
     )
 
 
+def before_cancelling(problem: Problem) -> dict[str, float]:
+    """The largest of dq and dk, were no two terms of their sums of unlike sign: their rounding is a part of that."""
+    weights, v = right_weights(problem), np.abs(problem.of_heads(problem.v))
+    dleft = weights * problem.kept * (np.abs(problem.dout) @ np.swapaxes(v, -1, -2))
+    draw = (dleft + weights * dleft.sum(-1, keepdims=True)) * problem.slope * problem.scale
+    dq = draw @ np.abs(problem.of_heads(problem.k))
+    dk = folded(problem, np.swapaxes(draw, -1, -2) @ np.abs(problem.q))
+    return {"dq": float(dq.max(initial=0.0)), "dk": float(dk.max(initial=0.0))}
+
+
 def folded(problem: Problem, x: Floats) -> Floats:
     """The sum over the query heads of each key head."""
     batch, heads, *rest = x.shape
     return np.asarray(x.reshape(batch, heads // problem.group, problem.group, *rest).sum(2))
 
 
-def softmax(scores: Floats, sinks: Floats | None = None, times: float = 1.0) -> Floats:
+def softmax(scores: Floats, sinks: Floats | None = None, times: Floats | float = 1.0) -> Floats:
     """Of the last axis, 0 where all is -inf; sinks [H] are in the denominator, so many ``times``."""
     top = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
     if sinks is not None:

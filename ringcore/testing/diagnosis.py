@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ringcore.testing.dense import Answer, right, right_weights
+from ringcore.testing.dense import Answer, before_cancelling, right, right_weights
 from ringcore.testing.diseases import DISEASES, Disease, foretold
 from ringcore.testing.problem import Dealt, Floats, Problem
 
 NAMES = tuple(field.name for field in fields(Answer))
 _LEAST = 0.5  # of a number due: gradients of problems that are told by numbers around 1 may be 0 but for rounding
+_CANCELLED = 1 / 16  # of terms: rounding of right rings is 0.05 of what that allows, and all is as before but at 128
 _SLIGHT = 0.01  # of rounding: where a mistake does as much to out, it may do more to gradients that it foretells not
 _TOO_SMALL = 0.05  # root mean squares of what is due: such gradients are what is left of larger numbers
 _GROWTH = 1.4  # of errors, from the smallest ring to one of 4 or more: a wide accumulator keeps below 1.2
@@ -44,7 +45,7 @@ class Observation:
                 continue
             both = np.isnan(came) & np.isnan(expected)
             off = np.where(both, 0.0, np.abs(came - expected))
-            scale = np.nanmax(np.abs(expected), initial=_LEAST)
+            scale = max(np.nanmax(np.abs(expected), initial=_LEAST), self.cancelled.get(name, 0.0))
             found[name] = float(np.nan_to_num(off, nan=np.inf, posinf=np.inf).max(initial=0.0) / scale)
         return found
 
@@ -52,6 +53,13 @@ class Observation:
     def allowance(self) -> float:
         """How much larger rounding is than where scores are small: above 16, that of the scores is most of it."""
         return max(1.0, float(np.abs(np.where(self.problem.sees, self.problem.uncapped, 0.0)).max(initial=0.0)) / 16)
+
+    @cached_property
+    def cancelled(self) -> dict[str, float]:
+        """What dq and dk are measured against, at least: where scores are large they are what is left of far more."""
+        if self.allowance == 1:
+            return {}
+        return {name: _CANCELLED * size for name, size in before_cancelling(self.problem).items()}
 
 
 @dataclass(frozen=True)

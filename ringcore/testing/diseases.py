@@ -169,6 +169,11 @@ DISEASES = (
         for epsilon in (1e-3, 1e-5, 1e-6, 1e-8)
     ),
     Disease("sinks counted once for each hop", "weights sum to less than with one sink", weights.sink_of_each_hop),
+    Disease(
+        "sinks counted once for each hop that shows a row something",
+        "weights sum to less than with one sink, the later the row the more so",
+        weights.sink_of_each_hop_seen,
+    ),
     Disease("prefix ignored", "weights are those without it", weights.prefixless),
     Disease("a prefix counted once for each rank", "keys of a prefix weigh too much", weights.prefix_of_each_rank),
     Disease("all heads taken for one", "all heads have the same weights", weights.heads_as_one),

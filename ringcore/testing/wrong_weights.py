@@ -128,6 +128,12 @@ def sink_of_each_hop(problem: Problem, dealt: Dealt) -> Floats:
     return softmax(problem.scores, problem.sinks, times=dealt.size)
 
 
+def sink_of_each_hop_seen(problem: Problem, dealt: Dealt) -> Floats:
+    """The same, of a ring that passes by what causal hides: as often as there are hops in which a row sees a key."""
+    times = sum(~np.isneginf(scores).all(-1, keepdims=True) for scores in hops(problem, dealt))
+    return softmax(problem.scores, problem.sinks, np.asarray(times, np.float64))
+
+
 def prefix_of_each_rank(problem: Problem, dealt: Dealt) -> Floats:
     """Keys of a prefix as often as there are ranks."""
     times = np.where(np.arange(problem.k.shape[2]) < problem.before, np.log(dealt.size), 0.0)
