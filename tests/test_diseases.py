@@ -9,10 +9,10 @@ import pytest
 import ringcore
 from ringcore.layout import resolve_layout
 from ringcore.testing import ACCEPTS, DISEASES, Dealt, Observation, diagnose, given_by, questions, right
-from ringcore.testing.dense import lse_of, softmax
+from ringcore.testing.dense import lse_of, right_weights, softmax
 from ringcore.testing.diagnosis import GROWING, NAMES, UNKNOWN, growing
 from ringcore.testing.report import GLOBAL, HARD_CODED, ODD
-from ringcore.testing.wrong_weights import hops
+from ringcore.testing.wrong_weights import averaged, hops, summed, triangle_in_each_hop
 
 IN_BACKWARD = "stale", "lse of a hop", "out of a hop", "lse and out", "no delta", "no gradient", "dk and dv"
 
@@ -99,6 +99,61 @@ def test_what_is_like_no_disease_is_said_to_be_unknown():
     (found,) = diagnose(observed(answer), NARROW)
     assert found.disease is UNKNOWN
     assert found.results == NAMES
+    assert found.questions == tuple(question.name for question in QUESTIONS)
+    assert str(found).endswith(f'where asked "plain", "{QUESTIONS[1].name}", "causal" and {len(QUESTIONS) - 3} more)')
+
+
+def test_it_says_on_which_questions_what_is_unknown_shows():
+    def answer(each, dealt):
+        due = right(each)
+        return replace(due, dq=due.dq + 1) if each.window or each.softcap else due
+
+    (found,) = diagnose(observed(answer), NARROW)
+    assert (found.disease, found.questions) == (UNKNOWN, ("window", "softcap"))
+    assert str(found).endswith('where asked "window", "softcap")')
+
+
+def turned(each):
+    order = np.arange(each.q.shape[1]) % each.k.shape[1]
+    return replace(each, k=each.k[:, order], v=each.v[:, order])
+
+
+def per_hop(each, dealt):
+    return each.showing(causal=triangle_in_each_hop(each, dealt)) if "causal" in each.shown else each
+
+
+# Two mistakes at once: the weights that they give, of what problem, the names of those that are alone somewhere, and
+# where both are made.
+TWO = [
+    (summed, lambda each, dealt: each.without("window"), {"softmax per chunk, summed over chunks"}, {"window"}),
+    (averaged, lambda each, dealt: turned(each), {"softmax per chunk, averaged over chunks"}, {"grouped heads"}),
+    (None, lambda each, dealt: turned(per_hop(each, dealt)), {"a causal triangle in each hop"}, {"grouped heads"}),
+    (None, lambda each, dealt: replace(per_hop(each, dealt), scale=1.0), {"no scale at all"}, {"causal", "softcap"}),
+]
+
+
+@pytest.mark.parametrize(("weights", "changed", "names", "both"), TWO)
+def test_of_two_mistakes_the_one_that_is_alone_somewhere_is_named(weights, changed, names, both):
+    def answer(each, dealt):
+        there, due = changed(each, dealt), right(each)
+        found = right_weights(there) if weights is None else weights(there, dealt)
+        return replace(due, out=found @ there.of_heads(there.v))
+
+    *named, rest = diagnose(observed(answer, names=("out",)), NARROW)
+    assert {each.disease.name for each in named} == names
+    assert rest.disease is UNKNOWN
+    assert both <= set(rest.questions)
+    assert "plain" not in rest.questions
+
+
+def test_on_a_ring_of_one_what_merges_hide_elsewhere_is_named():
+    def answer(each, dealt):
+        there = each.without("window")
+        return replace(right(each), out=summed(there, dealt) @ there.of_heads(there.v))
+
+    found = diagnose(observed(answer, (1, 2, 3), names=("out",)), NARROW)
+    assert [(each.disease.name, each.sizes) for each in found[1:]] == [("window ignored", (1,)), (UNKNOWN.name, (2, 3))]
+    assert found[0].disease.name == "softmax per chunk, summed over chunks"
 
 
 def test_out_alone_tells_what_out_shows():

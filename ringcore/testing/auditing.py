@@ -46,6 +46,7 @@ class Audit:
                 {
                     "name": each.disease.name, "evidence": each.disease.evidence, "results": list(each.results),
                     "ring_sizes": list(each.sizes), "error": each.error, "fit": each.fit,
+                    "questions": list(each.questions),
                 }
                 for each in report.diagnoses
             ],

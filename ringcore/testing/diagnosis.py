@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +19,7 @@ _LEAST = 0.5  # of a number due: gradients of problems that are told by numbers 
 _CANCELLED = 1 / 16  # of terms: rounding of right rings is 0.05 of what that allows, and all is as before but at 128
 _SLIGHT = 0.01  # of rounding: where a mistake does as much to out, it may do more to gradients that it foretells not
 _TOO_SMALL = 0.05  # root mean squares of what is due: such gradients are what is left of larger numbers
+_SAID = 3  # questions of one diagnosis, in words
 _GROWTH = 1.4  # of errors, from the smallest ring to one of 4 or more: a wide accumulator keeps below 1.2
 UNKNOWN = Disease("not right, in no way that is known", "no known mistake gives the same numbers")
 GROWING = Disease("precision falls as the ring grows", "what goes from hop to hop is as narrow as the inputs")
@@ -68,6 +69,7 @@ class Diagnosis:
 
     disease: the mistake, or UNKNOWN. sizes: the rings on which it shows. results: which of out, dq, dk, dv are wrong.
     error: the largest difference to what is right, over the largest number due. fit: that to what the disease gives.
+    questions: on which it shows.
     """
 
     disease: Disease
@@ -75,12 +77,16 @@ class Diagnosis:
     results: tuple[str, ...] = ()
     error: float = np.inf
     fit: float = np.inf
+    questions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f"on rings of {', '.join(map(str, self.sizes))}"
         if self.results:
             error = f"off by up to {self.error:.2g} of the largest number due"
             where = f"{', '.join(self.results)} {where}, {error}"
+        if self.disease is UNKNOWN and self.questions:  # nothing else says what to look at
+            some = ", ".join(f'"{name}"' for name in self.questions[:_SAID])
+            where += f", where asked {some}{f' and {more} more' if (more := len(self.questions) - _SAID) > 0 else ''}"
         return f"{self.disease.name}: {self.disease.evidence} ({where})"
 
 
@@ -101,13 +107,51 @@ def diagnose(observations: Sequence[Observation], tolerance: float = 1e-3) -> li
     ]
     if not wrong:
         return []
-    fits = [each for each in (_fit(disease, observations, due, tolerance) for disease in DISEASES) if each.shows]
-    told = [each for each in fits if not any(other.says_more_than(each) for other in fits)]
+    told = _most_telling([_fit(disease, observations, due, tolerance) for disease in DISEASES])
     if not told:
-        return [_told(UNKNOWN, wrong, np.inf)]
-    found = [_told(each.disease, [line for line in wrong if id(line[0]) in each.shows], each.off) for each in told]
+        return _one_by_one(observations, due, tolerance, wrong)
     explained = set[int]().union(*(each.touched for each in told))
-    return found + diagnose([each for each in observations if id(each) not in explained], tolerance)
+    rest = diagnose([each for each in observations if id(each) not in explained], tolerance)
+    return [_told_of(each, wrong) for each in told] + rest
+
+
+def _one_by_one(
+    observations: Sequence[Observation],
+    due: dict[int, Answer],
+    tolerance: float,
+    wrong: Sequence[tuple[Observation, str, float]],
+) -> list[Diagnosis]:
+    """Of several mistakes at once those that are alone in some questions, and that the rest is unknown.
+
+    What explains all questions of a kind need not explain those of others, in which another mistake is made too.
+    """
+    found, left, amiss = list[Diagnosis](), list(observations), {id(each) for each, _, _ in wrong}
+    for alone in _ALONE:
+        kind, others = [each for each in left if alone(each)], [each for each in left if not alone(each)]
+        fits = [_fit(disease, kind, due, tolerance) for disease in DISEASES]
+        told = _most_telling([each.with_others(others, due, tolerance) for each in fits if each.shows & amiss])
+        found += [_told_of(each, wrong) for each in told]
+        explained = set[int]().union(*(each.touched for each in told))
+        left = [each for each in left if id(each) not in explained]
+    rest = [line for line in wrong if any(each is line[0] for each in left)]
+    return found + ([_told(UNKNOWN, rest, np.inf)] if rest else [])
+
+
+def _keywords(problem: Problem) -> set[str]:
+    """What a question asks beside attention itself."""
+    others = {
+        "scale": not np.isclose(problem.scale, problem.q.shape[3] ** -0.5), "softcap": problem.softcap is not None,
+        "sinks": problem.sinks is not None, "prefix": problem.before > 0, "grouped": problem.group > 1,
+    }  # fmt: skip
+    return {*problem.shown, *problem.added, *(name for name, there in others.items() if there)}
+
+
+# Kinds of questions in which few mistakes can be made: merges alone, then causal ones, then all but merges.
+_ALONE: tuple[Callable[[Observation], bool], ...] = (
+    lambda each: not _keywords(each.problem),
+    lambda each: _keywords(each.problem) == {"causal"},
+    lambda each: each.dealt.size == 1,
+)
 
 
 def growing(observations: Iterable[Observation]) -> list[Diagnosis]:
@@ -141,7 +185,12 @@ def growing(observations: Iterable[Observation]) -> list[Diagnosis]:
 def _told(disease: Disease, wrong: Sequence[tuple[Observation, str, float]], fit: float) -> Diagnosis:
     sizes = tuple(sorted({each.dealt.size for each, _, _ in wrong}))
     results = tuple(name for name in NAMES if name in {name for _, name, _ in wrong})
-    return Diagnosis(disease, sizes, results, max((error for *_, error in wrong), default=0.0), fit)
+    questions = tuple(dict.fromkeys(each.name for each, _, _ in wrong if each.name))
+    return Diagnosis(disease, sizes, results, max((error for *_, error in wrong), default=0.0), fit, questions)
+
+
+def _told_of(fit: _Fit, wrong: Sequence[tuple[Observation, str, float]]) -> Diagnosis:
+    return _told(fit.disease, [line for line in wrong if id(line[0]) in fit.shows], fit.off)
 
 
 class _Fit(NamedTuple):
@@ -157,6 +206,22 @@ class _Fit(NamedTuple):
     def says_more_than(self, other: _Fit) -> bool:
         """Whether it explains all that the other does, and more, or as much if the other is rare."""
         return other.shows < self.shows or (other.disease.rare and not self.disease.rare and other.shows == self.shows)
+
+    def with_others(self, others: Sequence[Observation], due: dict[int, Answer], tolerance: float) -> _Fit:
+        """The same, with those of other observations that it fits as well."""
+        more = [_fit(self.disease, [each], due, tolerance) for each in others]
+        return _Fit(
+            self.disease,
+            max([self.off, *(each.off for each in more if each.touched)]),
+            self.touched.union(*(each.touched for each in more)),
+            self.shows.union(*(each.shows for each in more)),
+        )
+
+
+def _most_telling(fits: Sequence[_Fit]) -> list[_Fit]:
+    """Those that show, but for those of which another says more."""
+    shown = [each for each in fits if each.shows]
+    return [each for each in shown if not any(other.says_more_than(each) for other in shown)]
 
 
 def _fit(

@@ -206,6 +206,9 @@ def test_numbers_that_json_does_not_have_are_null(audit, tmp_path):
     written = (tmp_path / "report.json").read_text()
     assert not {word for word in ("NaN", "Infinity") if word in written}
     assert {each["error"] for each in report["errors"]} == {None}
+    (found,) = report["diagnoses"]
+    assert set(found["questions"]) == {each["question"] for each in report["errors"]}
+    assert 'where asked "plain", ' in answer.out
     assert "not right, in no way that is known" in (tmp_path / "page.html").read_text()
 
 
