@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ringcore
-from ringcore import positions, work
+from ringcore import forward_work, positions
 from ringcore.values import Band, Tile
 
 BANDS = [Band(), Band(None, 0), Band(-3, 2), Band(4, None), Band(-30, -5)]
@@ -132,7 +132,7 @@ def test_alibi_is_small_also_where_an_interval_joined_blocks(monkeypatch):
     monkeypatch.setattr(positions, "SIDE", 16)
     monkeypatch.setattr(positions, "NUMBERS", 2 * 16**2)
     made = []
-    monkeypatch.setattr(work, "alibi_of", lambda *given: made.append(positions.alibi_of(*given)) or made[-1])
+    monkeypatch.setattr(forward_work, "alibi_of", lambda *given: made.append(positions.alibi_of(*given)) or made[-1])
     rng = np.random.default_rng(6)
     q, k, v = (rng.standard_normal((1, 2, 200, 4)) for _ in range(3))
     slopes, everything = np.array([0.1, 0.3]), Asked(lambda q_range, k_range: True)
