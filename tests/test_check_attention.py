@@ -11,8 +11,10 @@ from given import torch
 import ringcore
 from ringcore.testing import ACCEPTS, Case, ask, cases, check_attention, questions
 from ringcore.testing.asking import needs
+from ringcore.testing.auditing import _collected
 from ringcore.testing.libraries import library_of
 from ringcore.testing.report import HANG, Fault, report_of
+from ringcore.testing.running import Spec
 from ringcore.testing.signatures import attention_of, signature_of
 
 ALL = tuple(name for name in ACCEPTS if name != "dilated")
@@ -388,3 +390,13 @@ def test_gradients_of_a_hard_coded_dtype_are_told():
     report = report_of([one.observe(attention, True, faults)], faults, "float64")
     assert [each.disease.name for each in report.diagnoses] == ["the dtype of gradients is hard-coded"]
     assert report.diagnoses[0].results == ("dk", "dq", "dv")
+
+
+def test_a_question_that_a_rank_left_without_a_word_is_a_fault(tmp_path):
+    question = next(questions())
+    (tmp_path / "0.0.json").write_text("[]")
+    np.savez(tmp_path / "0.0.npz", out=question.problem.q[:, :, :11])
+    spec = Spec("nobody:knows", ring_sizes=(2,), launcher="mpiexec")
+    observed, (fault,) = _collected(spec, tmp_path, [(question, 2)], {}, [])
+    assert observed == []
+    assert (fault.question, fault.size, fault.words, fault.unanswered) == ("plain", 2, "no answer of rank 1", True)

@@ -182,6 +182,19 @@ def test_groups_in_the_other_order_on_one_rank_are_refused(odd):
         ringcore.ring_attention(*mine()[:3], ring=turned)
 
 
+def test_a_ring_on_one_rank_where_others_have_a_grid_is_refused():
+    if WORLD.size != 2:
+        pytest.skip("of more ranks some share no group with that one, and hear nothing before the deadline")
+    between, inside = grid_comms(2)
+    ringcore.ring_attention(*mine()[:3], ring=(between, inside))
+    ringcore.ring_attention(*mine()[:3], ring=inside)
+    error, words = (
+        (AgreementError, "disagree on ring") if WORLD.rank == 0 else ((KeywordError, PeerError), "two groups")
+    )
+    with pytest.raises(error, match=words):
+        ringcore.ring_attention(*mine()[:3], ring=inside if WORLD.rank == 0 else (between, inside))
+
+
 def test_what_a_grid_cannot_deal_is_refused_on_every_rank():
     heads = 2 if WORLD.size % 2 == 0 else 1
     ring = grid_comms(heads)
