@@ -113,3 +113,12 @@ def test_a_full_memory_of_a_ring_forgets_for_new_keywords_alone():
     remembered.memory_of({"scale": -1}, ring)
     assert memories[0] is not remembered.memory_of({"scale": 0}, ring)
     assert of_other is remembered.memory_of({"scale": 0}, other)
+
+
+def test_what_is_kept_already_makes_nothing_be_forgotten():
+    kept = dict.fromkeys(range(remembered._KEPT))
+    remembered.keep(kept, 3, "another value")
+    assert len(kept) == remembered._KEPT
+    assert kept[3] == "another value"
+    remembered.keep(kept, -1, "new")
+    assert kept == {-1: "new"}
